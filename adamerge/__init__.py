@@ -1,0 +1,9 @@
+"""Adaptive model merging: task vectors, rules and checkpoints. Tensors in, tensors out."""
+
+from adamerge.coefficients import CoefficientTable, read_coefficients, write_coefficients
+from adamerge.errors import InputError
+from adamerge.merge import merge
+from adamerge.task_vectors import TaskVectors
+
+__all__ = ["CoefficientTable", "InputError", "TaskVectors", "merge", "read_coefficients", "write_coefficients"]
+__version__ = "0.1.0"

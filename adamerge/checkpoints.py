@@ -1,0 +1,212 @@
+"""Read weights from whatever they come in, tensor by tensor where the format allows, never unpickling code.
+
+`open_state(where)` takes
+
+- a `.safetensors` file, or a folder with `model.safetensors` or sharded files and their index (a Hugging Face folder);
+- a `.pt`, `.pth`, `.bin` or `.ckpt` file of tensors, among them Lightning checkpoints (`state_dict` inside);
+- a Hub id such as `openai/clip-vit-base-patch32`, downloaded once into the Hub's own cache.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from adamerge.errors import InputError
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class SafetensorsState(Mapping[str, Tensor]):
+    """A state dict over one or more safetensors files: a tensor's bytes are read when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
+        self._stack = ExitStack()
+        self._handles: dict[Path, Any] = {}
+        for path in set(self._files.values()):
+            self._handles[path] = self._stack.enter_context(_open_safetensors(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handles[self._files[name]].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of that name's shape and dtype without data, from the file's header."""
+        part = self._handles[self._files[name]].get_slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise InputError(f"{self._files[name]}: {name} is stored as {part.get_dtype()}, which cannot be merged")
+        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+
+def meta(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """Shape and dtype of one tensor, without reading its bytes where the state is lazy."""
+    return state.meta(name) if hasattr(state, "meta") else state[name]
+
+
+def open_state(where: str | Path, prefix: str = "") -> Mapping[str, Tensor]:
+    """Open a checkpoint as a mapping from names to tensors (lazy for safetensors, memory-mapped for torch files).
+
+    `prefix` keeps the tensors under one submodule and drops the prefix from their names (`"backbone."`).
+    Raises InputError for a file that is missing, truncated, of an unknown format, or that would run code if loaded.
+    """
+    state = _open(where)
+    if not prefix:
+        return state
+    inner = {name[len(prefix) :]: name for name in state if name.startswith(prefix)}
+    if not inner:
+        raise InputError(f"{where} has no tensor under {prefix!r}; its names begin with {_first(state)}")
+    return {new: state[old] for new, old in inner.items()} if isinstance(state, dict) else Renamed(state, inner)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """A view of another state under other names: `names` maps new to old."""
+
+    def __init__(self, state: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._state, self._names = state, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def meta(self, name: str) -> Tensor:
+        """As `meta(state, name)`, under the new name."""
+        return meta(self._state, self._names[name])
+
+
+def read_extra(where: str | Path, key: str) -> Any:
+    """One non-tensor entry of a Lightning or torch checkpoint (`None` where there is none)."""
+    path = Path(where)
+    return _load_torch(path).get(key) if path.suffix in _TORCH_SUFFIXES else None
+
+
+def hub_folder(name: str) -> Path:
+    """The local folder of a Hub model, downloaded if the Hub's cache does not hold it yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{name!r} is no local file or folder and could not be fetched from the Hub "
+            f"({type(error).__name__}); check the name and the network, or give a local folder"
+        ) from error
+
+
+def _open(where: str | Path) -> Mapping[str, Tensor]:
+    path = Path(where)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            with _open_safetensors(path) as file:
+                return SafetensorsState(dict.fromkeys(file.keys(), path))
+        if path.suffix in _TORCH_SUFFIXES:
+            return _state_dict_of(_load_torch(path), path)
+        raise InputError(f"{path}: unknown format; expected {', '.join(_SUFFIXES)} or a folder")
+    if isinstance(where, str) and _HUB_ID.match(where) and path.suffix not in _SUFFIXES and not path.parent.exists():
+        return _open_folder(hub_folder(where))
+    raise InputError(f"no such checkpoint: {path}")
+
+
+def _open_folder(folder: Path) -> Mapping[str, Tensor]:
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (index := folder / f"{stem}.index.json").is_file():
+            return _open_sharded(index)
+        if (single := folder / stem).is_file():
+            return _open(single)
+    raise InputError(f"{folder} holds no model.safetensors, no pytorch_model.bin and no index of either")
+
+
+def _open_sharded(index: Path) -> Mapping[str, Tensor]:
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    for file in sorted(set(files.values())):
+        if file != Path(file).name:  # an index must not lead outside its folder
+            raise InputError(f"{index}: shard {file!r} is not a plain file name")
+        if not (index.parent / file).is_file():
+            raise InputError(f"{index}: shard {file} is missing")
+    shards = {file: _open(index.parent / file) for file in set(files.values())}
+    for name, file in files.items():
+        if name not in shards[file]:
+            raise InputError(f"{index}: tensor {name} is not in shard {file}")
+    if index.name.startswith("pytorch_model"):
+        return {name: shards[file][name] for name, file in files.items()}
+    return SafetensorsState({name: index.parent / file for name, file in files.items()})
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors; it may be truncated: {error}") from error
+
+
+def _load_torch(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds pickled Python objects, which could run code, and is not loaded. "
+            "Where you trust it, convert it once:\n"
+            f"  model = torch.load({str(path)!r}, weights_only=False)\n"
+            f"  safetensors.torch.save_file(model.state_dict(), {str(path.with_suffix('.safetensors'))!r})"
+        ) from error
+    except Exception as error:  # broken bytes can raise anything: IndexError, KeyError, struct.error, ...
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path} cannot be read; it may be truncated ({type(error).__name__}: {reason})") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds a {type(loaded).__name__}; expected a dict of tensors")
+    return loaded
+
+
+def _state_dict_of(loaded: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    state = loaded.get("state_dict", loaded)
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: state_dict is a {type(state).__name__}; expected a dict of tensors")
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd or not state:
+        raise InputError(f"{path} is not a state dict: {odd[0]!r} is no tensor" if odd else f"{path} holds no tensor")
+    return state
+
+
+def _first(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name in state})[:5])

@@ -1,0 +1,66 @@
+"""Learned coefficients as a small readable file: names, numbers and the fingerprints of what they belong to."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from adamerge.errors import InputError
+from adamerge.files import write_text
+
+FORMAT = "adamerge-coefficients-1"
+
+
+@dataclass(frozen=True)
+class CoefficientTable:
+    """λ by tensor name and task.
+
+    Attributes:
+        rows: `rows[tensor][task]`, effective values (after any bound).
+        fingerprints: of the base and the experts they were learned on (may be empty).
+    """
+
+    rows: Mapping[str, Mapping[str, float]]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise InputError("a table of coefficients needs at least one tensor")
+        for name, row in self.rows.items():
+            if set(row) != set(self.tasks):
+                raise InputError(f"coefficients of {name} are for tasks {list(row)}, those before: {list(self.tasks)}")
+            if not all(map(math.isfinite, row.values())):
+                raise InputError(f"coefficients of {name} are not all finite: {dict(row)}")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in the order of the first row."""
+        return tuple(next(iter(self.rows.values())))
+
+    def tensor(self, name: str, tasks: tuple[str, ...]) -> torch.Tensor:
+        """λ of one tensor, [K], in the order of `tasks`."""
+        return torch.tensor([self.rows[name][task] for task in tasks], dtype=torch.float64)
+
+
+def write_coefficients(table: CoefficientTable, path: str | Path) -> None:
+    """Write a table as JSON, one tensor a line; floats are written so that they read back exactly."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(dict(row))}" for name, row in table.rows.items())
+    head = f'"format": "{FORMAT}",\n"fingerprints": {json.dumps(dict(table.fingerprints))}'
+    write_text(Path(path), f'{{{head},\n"coefficients": {{\n{lines}\n}}}}\n')
+
+
+def read_coefficients(path: str | Path) -> CoefficientTable:
+    """Read what `write_coefficients` wrote. Raises InputError for a file of another kind."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise InputError(f"{path}: format {data['format']!r}, expected {FORMAT!r}")
+        rows = {name: {task: float(value) for task, value in row.items()} for name, row in data["coefficients"].items()}
+        return CoefficientTable(rows, data["fingerprints"])
+    except FileNotFoundError as error:
+        raise InputError(f"no such file of coefficients: {path}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a file of coefficients: {error}") from error

@@ -1,0 +1,52 @@
+"""Rules that are linear in the task vectors."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adamerge.coefficients import CoefficientTable, read_coefficients
+from adamerge.errors import InputError
+from adamerge.ops import matrix
+from adamerge.rules.base import Rule
+
+
+class TaskArithmetic(Rule):
+    """Task arithmetic (arXiv:2212.04089): Σₖ τₖ, to be scaled by one number (0.3 for the field's eight CLIP tasks)."""
+
+    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        return deltas.sum(0)
+
+
+class Mean(Rule):
+    """Simple averaging: (1/K) Σₖ τₖ, which is the mean of the experts' weights at scale 1."""
+
+    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        return deltas.mean(0)
+
+    def apply(self, name: str, base: Tensor, deltas: Tensor, tasks: tuple[str, ...], scale: float) -> Tensor:
+        # Exact wherever Σₖ θₖ is; base + mean(τ) would round twice.
+        mean = (len(tasks) * base + deltas.sum(0)) / len(tasks)
+        return torch.lerp(base, mean, scale)
+
+
+class LearnedCoefficients(Rule):
+    """Σₖ λₖ τₖ with coefficients by tensor and task, as an adaptation run leaves them in `coefficients.json`.
+
+    Raises InputError where a task or tensor that differs from the base has no coefficient.
+    """
+
+    def __init__(self, table: CoefficientTable | str | Path) -> None:
+        self.table = table if isinstance(table, CoefficientTable) else read_coefficients(table)
+
+    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        if sorted(tasks) != sorted(self.table.tasks):
+            raise InputError(
+                f"the coefficients are for tasks {sorted(self.table.tasks)}, the experts are {sorted(tasks)}"
+            )
+        if name not in self.table.rows:
+            if bool(deltas.any()):
+                raise InputError(f"no coefficient for tensor {name}, which the experts changed")
+            return deltas.new_zeros(deltas.shape[1:])
+        row = deltas.new_tensor([self.table.rows[name][task] for task in tasks])
+        return (row @ matrix(deltas)).view(deltas.shape[1:])

@@ -1,0 +1,259 @@
+"""Task vectors: the base and, for every tensor, the stacked differences of the experts to it."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adamerge import fingerprint
+from adamerge.checkpoints import meta, open_state
+from adamerge.errors import InputError
+from adamerge.kinds import kind
+
+State = Mapping[str, Tensor]
+
+#: The base's name among the fingerprints.
+BASE = "base"
+
+
+class TaskVectors:
+    """Task vectors τₖ = θₖ − θ₀ of K experts fine-tuned from one base (Ilharco et al., arXiv:2212.04089).
+
+    Attributes:
+        tasks: the K task names, in the order of the first axis of every delta.
+        base: the base state dict.
+        deltas: [K, *shape] for every floating tensor of the base; float32 at least, so that half-precision experts keep
+            their small differences. Tensors that no expert changed are zeros that take no memory.
+        tied: names that share one tensor with another name, and that other name; they are merged once.
+
+    Build it with `from_state_dicts` or `open`; both raise InputError for experts that do not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: State,
+        deltas: State,
+        tasks: tuple[str, ...],
+        tied: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        self.base, self.deltas, self.tasks, self.tied = base, deltas, tasks, dict(tied or {})
+        self._fingerprints = fingerprints
+
+    @classmethod
+    def from_state_dicts(cls, base: State, experts: Mapping[str, State]) -> "TaskVectors":
+        """Task vectors in memory. No argument is changed; `base` is kept by reference."""
+        tied = _check(base, experts)
+        return cls(base, _Differences(base, experts, tied), tuple(experts), tied).load()
+
+    @classmethod
+    def open(cls, base: str | Path, experts: Mapping[str, str | Path], prefix: str = "") -> "TaskVectors":
+        """Task vectors over checkpoint files: headers are checked now, a tensor is read when it is asked for.
+
+        `prefix` keeps the tensors under one submodule of every file (see `adamerge.checkpoints.open_state`).
+        `load()` reads everything into memory.
+        """
+        states = {task: open_state(where, prefix) for task, where in experts.items()}
+        base_state = open_state(base, prefix)
+        tied = _check(base_state, states)
+        return cls(base_state, _Differences(base_state, states, tied), tuple(experts), tied)
+
+    def load(self) -> "TaskVectors":
+        """Read base and deltas into memory, tensor by tensor; checks that they are finite and fingerprints them."""
+        if not isinstance(self.deltas, _Differences):
+            return self
+        source = self.deltas
+        digests = _Digests((BASE, *self.tasks))
+        base, deltas = {}, {}
+        for name in sorted(self.base):
+            base[name], experts = source.read(name)
+            digests.update(name, [base[name], *experts])
+            if name in source:
+                deltas[name] = _compact(source.stack(base[name], iter(experts)))
+        order = [name for name in self.base if name in base]
+        ordered = ({name: base[name] for name in order}, {name: deltas[name] for name in source})
+        loaded = TaskVectors(*ordered, self.tasks, self.tied, digests.hexdigests())
+        loaded._warn_identical()
+        return loaded
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The tensors that take a coefficient: parameters that at least one expert changed, in the base's order."""
+        changed = (name for name in self.deltas if kind(name, meta(self.base, name)) == "parameter")
+        return tuple(name for name in changed if bool(self.deltas[name].any()))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 over names, shapes and bytes of the base (`"base"`) and of each expert."""
+        if self._fingerprints is None:
+            self._fingerprints = self._hash()
+        return dict(self._fingerprints)
+
+    def expert(self, task: str) -> dict[str, Tensor]:
+        """The state dict of one expert, θ₀ + τ; constants are those of the base."""
+        if task not in self.tasks:
+            raise InputError(f"no expert is called {task!r}; there are {', '.join(self.tasks)}")
+        k = self.tasks.index(task)
+        state = {}
+        for name, value in self.base.items():
+            delta = self.deltas[name][k] if name in self.deltas else None
+            state[name] = value if delta is None else (value + delta).to(value.dtype)
+        return state | {alias: state[name] for alias, name in self.tied.items()}
+
+    def _hash(self) -> dict[str, str]:
+        if isinstance(self.deltas, _Differences):
+            digests = _Digests((BASE, *self.tasks))
+            for name in sorted(self.base):
+                base, experts = self.deltas.read(name)
+                digests.update(name, [base, *experts])
+            return digests.hexdigests()
+        states = {BASE: self.base, **{task: self.expert(task) for task in self.tasks}}
+        return {name: fingerprint.fingerprint(state) for name, state in states.items()}
+
+    def _warn_identical(self) -> None:
+        for k, task in enumerate(self.tasks):
+            if not any(bool(delta[k].any()) for delta in self.deltas.values()):
+                message = f"expert {task!r} is identical to the base: its coefficients will do nothing"
+                warnings.warn(message, stacklevel=3)
+
+
+class _Differences(Mapping[str, Tensor]):
+    """Deltas computed when asked for, from states that may be lazy."""
+
+    def __init__(self, base: State, experts: Mapping[str, State], tied: Mapping[str, str]) -> None:
+        self.base, self.experts, self.tied = base, experts, tied
+        self.names = [n for n in base if n not in tied and meta(base, n).is_floating_point()]
+        self._known = frozenset(self.names)
+
+    def read(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts of one tensor, checked to be finite."""
+        return self._base(name), list(self._experts(name))
+
+    def stack(self, base: Tensor, experts: Iterator[Tensor]) -> Tensor:
+        """[K, *shape] differences, in float32 or better; each expert is let go before the next is read."""
+        dtype = torch.promote_types(torch.float32, base.dtype)
+        start, stacked = base.to(dtype), base.new_empty((len(self.experts), *base.shape), dtype=dtype)
+        for out in stacked:
+            torch.sub(next(experts).to(dtype), start, out=out)
+        return stacked
+
+    def _base(self, name: str) -> Tensor:
+        return _finite("the base", name, self.base[name])
+
+    def _experts(self, name: str) -> Iterator[Tensor]:
+        return (
+            _finite(f"expert {task!r}", name, state[_name_in(state, name, self.tied)])
+            for task, state in self.experts.items()
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        return self.stack(self._base(name), self._experts(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Digests:
+    """Running fingerprints of several states at once; hashing leaves the interpreter lock, so threads help."""
+
+    def __init__(self, owners: tuple[str, ...]) -> None:
+        self._owners = owners
+        self._digests = [hashlib.sha256() for _ in owners]
+        self._pool = ThreadPoolExecutor()
+
+    def update(self, name: str, tensors: list[Tensor]) -> None:
+        list(self._pool.map(fingerprint.update, self._digests, repeat(name), tensors))
+
+    def hexdigests(self) -> dict[str, str]:
+        self._pool.shutdown()
+        return {owner: digest.hexdigest() for owner, digest in zip(self._owners, self._digests, strict=True)}
+
+
+def _finite(owner: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, without a graph; raises where it holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{owner} has {bad} NaN or infinite values in {name}; fine-tune or save it again")
+    return tensor.detach()
+
+
+def _compact(delta: Tensor) -> Tensor:
+    """Zeros that no expert changed need no memory of their own."""
+    return delta if bool(delta.any()) else delta.new_zeros(()).expand(delta.shape)
+
+
+def _check(base: State, experts: Mapping[str, State]) -> dict[str, str]:
+    """Raise for the first misfit between an expert and the base; return the tied names."""
+    if not experts:
+        raise InputError("no expert given: a merge needs at least one")
+    if BASE in experts:
+        raise InputError(f"a task cannot be called {BASE!r}: results and fingerprints use the name for the base model")
+    tied = _tied(base)
+    for task, expert in experts.items():
+        missing = [name for name in base if _name_in(expert, name, tied) not in expert]
+        twins = _tied(expert)
+        present = {twins.get(name, name) for name in expert if name in base}
+        extra = [name for name in expert if name not in base and twins.get(name, name) not in present]
+        if missing or extra:
+            raise InputError(f"expert {task!r} does not have the tensors of the base: {_name_list(missing, extra)}")
+        for name in base:
+            _check_tensor(task, name, meta(base, name), meta(expert, _name_in(expert, name, tied)))
+        for alias, name in tied.items():
+            if alias in expert and name in expert and not torch.equal(expert[alias], expert[name]):
+                raise InputError(f"expert {task!r}: {alias} and {name} are one tied tensor in the base but differ here")
+    return tied
+
+
+def _check_tensor(task: str, name: str, base: Tensor, expert: Tensor) -> None:
+    if base.shape != expert.shape:
+        raise InputError(f"expert {task!r}: {name} has shape {list(expert.shape)}, the base has {list(base.shape)}")
+    same = base.is_floating_point() == expert.is_floating_point() and base.is_complex() == expert.is_complex()
+    if not same or base.is_complex():
+        raise InputError(f"expert {task!r}: {name} is {expert.dtype}, the base has {base.dtype}")
+
+
+def _name_list(missing: list[str], extra: list[str]) -> str:
+    parts = []
+    for label, names in (("missing", missing), ("not in the base", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label} {', '.join(names[:3])}{more}")
+    return "; ".join(parts) + ("; if they were only renamed, rename them back" if missing and extra else "")
+
+
+def _name_in(state: State, name: str, tied: Mapping[str, str]) -> str:
+    """The name under which a state holds a tensor: files keep a tied tensor once, under whichever of its names."""
+    if name in state:
+        return name
+    first = tied.get(name, name)
+    twins = (first, *(alias for alias, other in tied.items() if other == first))
+    return next((twin for twin in twins if twin in state), name)
+
+
+def _tied(state: State) -> dict[str, str]:
+    """Names that share storage with an earlier name (only in-memory states can show it)."""
+    if hasattr(state, "meta"):
+        return {}
+    seen: dict[tuple[object, ...], str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+    return tied

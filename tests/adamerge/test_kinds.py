@@ -1,0 +1,56 @@
+"""Kinds of tensors and blocks of names, for the layouts of common architectures."""
+
+import pytest
+import torch
+
+from adamerge.kinds import block_of, kind
+
+FLOAT, INTEGER = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("weight", FLOAT, "parameter"),
+        ("logit_scale", torch.tensor(1.0), "parameter"),
+        ("encoder.layers.0.norm.weight", FLOAT.half(), "parameter"),
+        ("running_mean", FLOAT, "statistics"),
+        ("layer1.0.bn1.running_var", FLOAT, "statistics"),
+        ("layer1.0.bn1.num_batches_tracked", torch.tensor(3), "constant"),
+        ("embeddings.position_ids", INTEGER, "constant"),
+        ("attention.mask", torch.ones(2, dtype=torch.bool), "constant"),
+        ("not_running_mean", FLOAT, "parameter"),
+        ("running_mean.weight", FLOAT, "parameter"),
+        ("prerunning_var", FLOAT, "parameter"),
+    ],
+)
+def test_kinds(name, tensor, expected):
+    assert kind(name, tensor) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("encoder.layers.3.mlp.fc1.weight", "encoder.layers.3"),
+        ("encoder.layers.11.layer_norm1.bias", "encoder.layers.11"),
+        ("transformer.resblocks.0.attn.in_proj_weight", "transformer.resblocks.0"),
+        ("layer1.0.conv1.weight", "layer1.0"),
+        ("layer1.0.downsample.1.weight", "layer1.0"),
+        ("0.weight", "0"),
+        ("embeddings.patch_embedding.weight", "embeddings.patch_embedding"),
+        ("embeddings.class_embedding", "embeddings"),
+        ("pre_layrnorm.weight", "pre_layrnorm"),
+        ("positional_embedding", "positional_embedding"),
+        ("prompts.0", "prompts"),
+        ("conv2d.weight", "conv2d"),
+    ],
+)
+def test_blocks(name, block):
+    assert block_of([name]) == {name: block}
+
+
+def test_blocks_keep_every_name_in_its_order():
+    names = ["head.weight", "blocks.10.w", "blocks.1.w", "blocks.1.b"]
+    blocks = block_of(iter(names))
+    assert list(blocks) == names
+    assert list(blocks.values()) == ["head", "blocks.10", "blocks.1", "blocks.1"]
