@@ -1,0 +1,43 @@
+"""Runs on the tiny suite: in this process and from the command line."""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from tiny_suite import TinySuite  # noqa: E402
+
+from modules import Coefficients  # noqa: E402
+from trainers import Adaptation, Stream  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own cache."""
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def suite() -> TinySuite:
+    return TinySuite()
+
+
+@pytest.fixture
+def adapt(tmp_path: Path):
+    """Run some steps of adaptation on the tiny suite; returns the module and its trainer."""
+
+    def run(steps: int = 6, ckpt_path: str | None = None, callbacks=(), trainer=None, stream=None, **kwargs):
+        kwargs.setdefault("coefficients", Coefficients("tensor"))
+        module = Adaptation(kwargs.pop("suite", TinySuite()), **kwargs)
+        settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": bool(callbacks)}
+        settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+        settings |= {"check_val_every_n_epoch": None, "val_check_interval": 1000, "limit_val_batches": 0}
+        fitted = L.Trainer(max_steps=steps, callbacks=list(callbacks), **(settings | (trainer or {})))
+        fitted.fit(module, datamodule=stream or Stream(batch_size=4), ckpt_path=ckpt_path)
+        return module, fitted
+
+    return run

@@ -1,0 +1,50 @@
+"""A suite in memory, of a user's own making: the command line finds it by its class_path."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from adamerge import TaskVectors
+from adamerge.backbones import MLP
+from adamerge.data import ArrayImages, Preprocess
+from adamerge.suites import HeadWeights, Split, Suite
+
+
+class TinySuite(Suite):
+    """Noisy 4 × 4 images of three tasks and experts that differ at random from a random base."""
+
+    name = "tiny"
+
+    def __init__(self, seed: int = 0, images: int = 23) -> None:
+        self.seed, self.images = seed, images
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return ("one", "two", "three")
+
+    def backbone(self) -> nn.Module:
+        return MLP(image_size=4, dim=8)
+
+    def task_vectors(self) -> TaskVectors:
+        rng = torch.Generator().manual_seed(self.seed)
+
+        def noise(scale: float) -> dict[str, Tensor]:
+            state = self.backbone().state_dict()
+            return {name: scale * torch.randn(value.shape, generator=rng) for name, value in state.items()}
+
+        base = noise(0.5)
+        experts = {task: {name: base[name] + change for name, change in noise(0.2).items()} for task in self.tasks}
+        return TaskVectors.from_state_dicts(base, experts)
+
+    def classes(self, task: str) -> tuple[str, ...]:
+        return tuple("abcde")[: 2 + len(task) % 3]
+
+    def head(self, task: str) -> HeadWeights:
+        rng = torch.Generator().manual_seed(len(task))
+        return HeadWeights(torch.randn(len(self.classes(task)), 8, generator=rng))
+
+    def dataset(self, task: str, split: Split) -> Dataset[tuple[Tensor, int]]:
+        rng = torch.Generator().manual_seed(len(task) + 10 * (split == "test"))
+        images = torch.randint(256, (self.images, 4, 4, 3), generator=rng, dtype=torch.uint8)
+        labels = torch.randint(len(self.classes(task)), (self.images,), generator=rng)
+        return ArrayImages(images.numpy(), labels.numpy(), Preprocess())

@@ -1,0 +1,212 @@
+"""The command line: LightningCLI with runs in named folders and one-sentence errors."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from adamerge import InputError
+from adamerge.files import write_text
+from trainers.adaptation import Adaptation
+from trainers.finetune import FineTune
+from trainers.progress import Progress
+from trainers.report import Report
+
+#: The main job; every `--config` is an overlay on it.
+BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer, which can also export what was learned."""
+
+    def export(
+        self, model: L.LightningModule, datamodule: L.LightningDataModule | None, ckpt_path: str, output: str
+    ) -> Path:
+        """Write the adapted model's weights.
+
+        Args:
+            model: the adaptation, as configured.
+            datamodule: not used.
+            ckpt_path: the checkpoint with what was learned.
+            output: a `.safetensors` file, or a folder that `from_pretrained` opens.
+        """
+        if not isinstance(model, Adaptation):
+            raise InputError(f"export writes an adapted merge; {type(model).__name__} is none")
+        path = model.restore(ckpt_path).export(output)
+        Console().print(f"Wrote {path}", soft_wrap=True)
+        return path
+
+
+class Checkpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`, and makes sure that it is the end of a run that ended."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class KeepConfig(SaveConfigCallback):
+    """Leaves the whole configuration as `config.yaml` in the run's folder."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+
+
+class CLI(LightningCLI):
+    """`--name` names the run's folder, `runs/<name>/`: config, checkpoints, logs, results and figures."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", default="run", help="name of the run's folder")
+        parser.add_argument("--root", default="runs", help="where run folders are made")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Report, "report")
+        parser.link_arguments(
+            ("root", "name"), "checkpoint.dirpath", lambda root, name: str(Path(root, name, "checkpoints"))
+        )
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "{step}",
+                "checkpoint.save_last": True,
+                "checkpoint.every_n_train_steps": 50,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # `_print_scores` has a table of its own
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint restores what was learned; the configuration is the one given, so that folders may move."""
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        spec = self.config_dump["model"]
+        self.model.save_hyperparameters(
+            {
+                "_class_path": spec["class_path"],
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+                **spec["init_args"],
+            },
+            logger=False,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config_init[self.subcommand]
+        folder = str(Path(config.root, config.name))
+        if (
+            self.subcommand == "fit" and config.trainer.logger is None
+        ):  # a resumed run adds a version, so that no log is lost
+            kwargs["logger"] = [TensorBoardLogger(f"{folder}/logs", "tensorboard"), CSVLogger(f"{folder}/logs", "csv")]
+        elif self.subcommand != "fit":
+            kwargs["logger"] = False
+        return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+
+    def after_fit(self) -> None:
+        if isinstance(self.model, FineTune) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.after_validate()
+
+    def after_validate(self) -> None:
+        """Print the accuracies."""
+        scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("accuracy")}
+        names = [name.removeprefix("accuracy/").replace("accuracy", "average") for name in scores]
+        table = Table(*names, title="accuracy in %")
+        table.add_row(*(f"{100 * float(value):.1f}" for value in scores.values()))
+        if self.trainer.is_global_zero:
+            Console().print(table)
+
+    after_test = after_validate
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; bad input ends in a sentence on stderr and exit code 2."""
+    _set_up_output()
+    sys.path.insert(0, os.getcwd())  # so that class_path finds a user's own module
+    try:
+        CLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={"callbacks": [Progress()]},
+            seed_everything_default=0,
+            save_config_callback=KeepConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "description": "Adapt, fine-tune, score or export merged models. "
+                "What no --config says is in configs/base.yaml.",
+                "exit_on_error": False,
+                **{name: {"default_config_files": [str(BASE)], "exit_on_error": False} for name in CLI.subcommands()},
+            },
+            args=args,
+        )
+    except (ValueError, FileNotFoundError, ArgumentError) as error:
+        ours = not isinstance(error, ValueError) or isinstance(error, InputError) or "Does not validate" in str(error)
+        if not ours or os.environ.get("ADAMERGE_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {sentence(error)}\n")
+        raise SystemExit(2) from None
+
+
+def sentence(error: Exception) -> str:
+    """What is wrong in one line: of a parser's nested report, where it happened and its innermost reason."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    if len(lines) == 1 or isinstance(error, InputError):
+        return " ".join(lines)
+    keys = [match[1] for line in lines if (match := re.fullmatch(r'Parser key "(.+)":', line))]
+    classes = [match[1] for line in lines if (match := re.fullmatch(r"Problem with given class_path '(.+)':", line))]
+    noise = re.compile(
+        r"Parser key|Problem with given|Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
+    )
+    reasons = [line for line in lines if not noise.match(line)]
+    reasons = [line for line in reasons if not line.startswith("Expected a path")] or reasons or lines
+    where = ".".join(keys) + (f" ({classes[-1]})" if classes else "")
+    return f"{where}: {reasons[0]}" if where else reasons[0]
+
+
+def _set_up_output() -> None:
+    """Our own messages in full; of the libraries below only what a user can act on."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_time=False, show_path=False)]
+    )
+    for name in ("adamerge", "modules", "trainers"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message)
+
+
+_NOT_FOR_USERS = (
+    r".*treespec, LeafSpec.*",  # Lightning's own use of torch
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run, as it should be
+    r"The dirpath has changed from",  # `test` of another run's checkpoint
+    r"Be aware that when using `ckpt_path`, callbacks",  # a resumed run that saves more often
+    r"The number of training batches .* is smaller than the logging interval",
+)

@@ -1,0 +1,107 @@
+"""Scoring models on a suite, and the reference rows that every result is compared with."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from adamerge import TaskVectors, merge
+from adamerge.data import fetch, labels_of
+from adamerge.files import cache_folder, write_text
+from adamerge.fingerprint import fingerprint
+from adamerge.rules import Mean, TaskArithmetic
+from adamerge.suites import Suite
+from modules import Head
+
+log = logging.getLogger(__name__)
+
+#: Marks a row whose setting was chosen by the labels it is scored with.
+ORACLE = "oracle"
+
+#: Accuracy in [0, 1] by task.
+Accuracy = dict[str, float]
+
+
+@torch.no_grad()
+def accuracy(
+    features: Callable[[Tensor], Tensor],
+    heads: Mapping[str, nn.Module],
+    datasets: Mapping[str, Dataset[Any]],
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+) -> Accuracy:
+    """Top-1 accuracy of each task: its head on `features(images)`, over its whole data set."""
+    scores = {}
+    for task, dataset in datasets.items():
+        head = heads[task].to(device)
+        metric: MulticlassAccuracy | None = None
+        for chunk in torch.arange(len(dataset)).split(batch_size):  # type: ignore[arg-type]
+            images, labels = fetch(dataset, chunk)
+            logits = head(features(images.to(device)))
+            metric = metric or MulticlassAccuracy(logits.shape[-1], average="micro", sync_on_compute=False).to(device)
+            metric.update(logits, labels.to(device))
+        assert metric is not None
+        scores[task] = metric.compute().item()
+    return scores
+
+
+def reference_rows(
+    suite: Suite,
+    datasets: Mapping[str, Dataset[Any]],
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    task_vectors: TaskVectors | None = None,
+) -> dict[str, Accuracy]:
+    """Accuracy of the base, of each expert on its own task, of the mean and of task arithmetic.
+
+    Task arithmetic is scored at 0.3 and over a grid; the grid's best is an oracle, since labels choose it. Rows are
+    computed once per (models, heads, scored images) and kept in the user's cache folder.
+    """
+    task_vectors = task_vectors or suite.task_vectors()
+    heads = {task: Head(suite.head(task)) for task in suite.tasks}
+    cached = cache_folder() / "references" / f"{_key(task_vectors, heads, datasets)}.json"
+    if cached.is_file():
+        rows: dict[str, Accuracy] = json.loads(cached.read_text())
+        return rows
+    log.info("Scoring the base, the experts and static merges once for this suite (kept in %s)", cached.parent)
+    model = suite.backbone().eval().to(device)
+
+    def score(state: Mapping[str, Tensor], tasks: tuple[str, ...] = suite.tasks) -> Accuracy:
+        model.load_state_dict(dict(state))
+        return accuracy(model, heads, {task: datasets[task] for task in tasks}, batch_size, device)
+
+    grid = sorted({*(n / 10 for n in range(1, 11)), 1 / len(suite.tasks)})
+    arithmetic = {scale: score(merge(task_vectors, [TaskArithmetic()], scale)) for scale in grid}
+    best = max(grid, key=lambda scale: average(arithmetic[scale]))
+    rows = {
+        "base": score(task_vectors.base),
+        "experts": {task: score(task_vectors.expert(task), (task,))[task] for task in suite.tasks},
+        "mean": score(merge(task_vectors, [Mean()])),
+        "task arithmetic 0.3": arithmetic[0.3],
+        f"task arithmetic {best:.2g} ({ORACLE})": arithmetic[best],
+    }
+    write_text(cached, json.dumps(rows))
+    return rows
+
+
+def average(scores: Accuracy) -> float:
+    """The mean over tasks."""
+    return sum(scores.values()) / len(scores)
+
+
+def _key(task_vectors: TaskVectors, heads: Mapping[str, Head], datasets: Mapping[str, Dataset[Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(task_vectors.fingerprints, sort_keys=True).encode())
+    for task, head in heads.items():
+        dataset = datasets[task]
+        count = len(dataset)  # type: ignore[arg-type]
+        images, _ = fetch(dataset, torch.tensor([0, count // 2, count - 1]))
+        labels = labels_of(dataset)
+        state = {**head.state_dict(), "images": images, "labels": labels}
+        digest.update(f"{task}|{head.normalize}|{head.scale}|{fingerprint(state)}".encode())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,163 @@
+"""Figures of a run. Colours stay the same for a task in all of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from adamerge.files import replacing
+from adamerge.kinds import block_of
+
+_STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "figure.dpi": 160,
+}
+_ROWS_PER_COLUMN = 52
+
+
+def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str], start: float, path: Path) -> None:
+    """Heat map of coefficients [groups, K]: one line a tensor or block, one column a task, white where they started.
+
+    Many rows are laid out in several columns of panels, each named by block and tensor, so that 200 rows stay readable.
+    """
+    with _style():
+        table = values.numpy()
+        spread = max(float(np.abs(table - start).max()), 1e-3)
+        norm = TwoSlopeNorm(start, start - spread, start + spread)
+        columns = math.ceil(len(groups) / _ROWS_PER_COLUMN)
+        per_column = math.ceil(len(groups) / columns)
+        width = (1.9 + 0.27 * len(tasks)) * columns + 0.9
+        figure = Figure(
+            figsize=(max(4.2, width), 1.3 + 0.135 * per_column + 0.05 * max(map(len, tasks))), layout="constrained"
+        )
+        panels = figure.subplots(1, columns, squeeze=False)[0]
+        for axes, first in zip(panels, range(0, len(groups), per_column), strict=True):
+            part = slice(first, first + per_column)
+            image = axes.imshow(table[part], cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+            _label_rows(axes, groups[part])
+            axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+        figure.colorbar(image, ax=list(panels), label="coefficient", shrink=0.6, aspect=30, pad=0.01)
+        figure.suptitle("Coefficients after adaptation", fontsize=10)
+        _save(figure, path)
+
+
+def coefficient_paths(steps: Sequence[int], values: Tensor, tasks: Sequence[str], path: Path) -> None:
+    """Coefficients over steps [snapshots, groups, K]: median over rows and, shaded, the middle 80 %."""
+    with _style():
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axes = figure.subplots()
+        low, middle, high = np.quantile(values.numpy(), (0.1, 0.5, 0.9), axis=1)
+        for k, task in enumerate(tasks):
+            axes.plot(steps, middle[:, k], color=_colour(k), label=task, lw=1.4)
+            if values.shape[1] > 1:
+                axes.fill_between(steps, low[:, k], high[:, k], color=_colour(k), alpha=0.1, lw=0)
+        axes.set(xlabel="step", ylabel="coefficient", title="Coefficients: median over rows, shaded 10 to 90 %")
+        _legend(axes)
+        _save(figure, path)
+
+
+def progress(
+    steps: Sequence[int],
+    losses: Tensor,
+    accuracies: Mapping[int, Mapping[str, float]],
+    experts: Mapping[str, float] | None,
+    tasks: Sequence[str],
+    path: Path,
+) -> None:
+    """Loss by task [steps, K], smoothed, and held-against accuracy by task over steps; dashes mark the experts."""
+    with _style():
+        figure = Figure(figsize=(8.6, 3.2) if accuracies else (5.2, 3.2), layout="constrained")
+        panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
+        smooth = max(1, len(steps) // 40)
+        for k, task in enumerate(tasks):
+            raw = losses[:, k].float().numpy()
+            panels[0].plot(steps, raw, color=_colour(k), alpha=0.15, lw=0.6)
+            kernel = np.ones(smooth) / smooth
+            panels[0].plot(steps[smooth - 1 :], np.convolve(raw, kernel, "valid"), color=_colour(k), lw=1.4, label=task)
+        panels[0].set(xlabel="step", ylabel="loss (entropy: nats)", title=f"Loss by task, mean of {smooth} steps")
+        panels[0].set_ylim(bottom=0)
+        if accuracies:
+            at = sorted(accuracies)
+            for k, task in enumerate(tasks):
+                panels[1].plot(at, [100 * accuracies[s][task] for s in at], color=_colour(k), lw=1.4, marker=".", ms=4)
+                if experts:
+                    panels[1].axhline(100 * experts[task], color=_colour(k), lw=0.7, ls=":")
+            mean = [100 * sum(accuracies[s].values()) / len(tasks) for s in at]
+            panels[1].plot(at, mean, color="black", lw=2, label="average")
+            panels[1].set(xlabel="step", ylabel="accuracy (%)", title="Accuracy by task (dotted: experts)")
+            panels[1].legend(frameon=False, fontsize=7)
+        _legend(panels[0])
+        _save(figure, path)
+
+
+def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str], path: Path) -> None:
+    """Accuracy per task of the rows worth comparing, experts as black lines."""
+    with _style():
+        experts = rows.get("experts", {})
+        shown = [name for name in rows if name not in ("experts", "mean", "task arithmetic 0.3")]
+        figure = Figure(figsize=(1.6 + 1.05 * (len(tasks) + 1), 3.3), layout="constrained")
+        axes = figure.subplots()
+        places = np.arange(len(tasks) + 1)
+        bar = 0.8 / len(shown)
+        for i, name in enumerate(shown):
+            heights = [100 * rows[name][task] for task in tasks]
+            heights.append(sum(heights) / len(heights))
+            axes.bar(places - 0.4 + (i + 0.5) * bar, heights, bar, label=name, color=_greys(i, len(shown)))
+        marks = [100 * experts[task] for task in tasks] if experts else []
+        if marks:
+            axes.hlines(
+                [*marks, sum(marks) / len(marks)], places - 0.44, places + 0.44, color="black", lw=1.2, label="experts"
+            )
+        axes.set_xticks(places, [*tasks, "average"], rotation=30, ha="right", rotation_mode="anchor")
+        axes.set(ylabel="accuracy (%)", ylim=(0, 100))
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3)
+        _save(figure, path)
+
+
+def _label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Tensor names at the left, without the block, which a line and a bracketed name mark once."""
+    blocks = block_of(names)
+    labels, previous = [], None
+    for i, name in enumerate(names):
+        block = blocks[name]
+        inner = name[len(block) + 1 :] if name != block else ""
+        labels.append(f"{block}  {inner}".strip() if block != previous else inner)
+        if previous is not None and block != previous:
+            axes.axhline(i - 0.5, color="black", lw=0.4)
+        previous = block
+    axes.set_yticks(range(len(names)), labels, fontsize=5.5)
+    axes.tick_params(length=0)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=7, ncols=2 if len(axes.get_lines()) > 8 else 1)
+
+
+def _colour(k: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["tab10" if k < 10 else "tab20"](k % 20)
+
+
+def _greys(i: int, count: int) -> str:
+    return "#c0392b" if i == count - 1 else ("#b9c4cf", "#7f93a6", "#f2b5a7", "#4a6074")[i % 4]
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])

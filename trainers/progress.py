@@ -1,0 +1,26 @@
+"""Progress bars."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class Progress(RichProgressBar):
+    """A bar that says what is going on, and ends with training, so that a report comes below it."""
+
+    def __init__(self, label: str = "", leave: bool = True) -> None:
+        super().__init__(leave=leave)
+        self.label = label
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.label or type(self.trainer.lightning_module).__name__
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.refresh()
+        self._stop_progress()

@@ -1,0 +1,88 @@
+"""Results of a run as JSON, Markdown and a table on the terminal."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from adamerge.files import write_text
+from trainers.evaluation import ORACLE, Accuracy, average
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run achieved.
+
+    Attributes:
+        suite: the suite's name.
+        tasks: column order.
+        rows: accuracy by task, by method; "experts" is each expert on its own task, and what "normalised" divides by.
+        settings: everything else worth keeping: seeds, fingerprints, wall time, method, versions.
+    """
+
+    suite: str
+    tasks: tuple[str, ...]
+    rows: Mapping[str, Accuracy]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def normalised(self, method: str) -> float | None:
+        """Mean over tasks of accuracy divided by the expert's; none where the experts were not scored."""
+        experts, row = self.rows.get("experts"), self.rows[method]
+        if experts is None:
+            return None
+        return sum(row[task] / max(experts[task], 1e-12) for task in self.tasks) / len(self.tasks)
+
+    def write(self, folder: Path) -> None:
+        """Leave `results.json` and `results.md` in a folder."""
+        rows = [
+            {"method": m, "accuracy": dict(a), "average": average(a), "normalised": self.normalised(m)}
+            for m, a in self.rows.items()
+        ]
+        data = {"suite": self.suite, "rows": rows, **self.settings}
+        write_text(folder / "results.json", json.dumps(data, indent=1) + "\n")
+        write_text(folder / "results.md", self.markdown())
+
+    def markdown(self) -> str:
+        """A table in Markdown, with what it depends on below."""
+        header = self._header()
+        lines = [
+            f"# {self.suite}: accuracy in %",
+            "",
+            f"| {' | '.join(header)} |",
+            "|---" + "|---:" * (len(header) - 1) + "|",
+        ]
+        lines += [f"| {' | '.join(cells)} |" for cells in self._cells()]
+        lines += ["", self._caption(), "", *(f"- {key}: {_words(value)}" for key, value in self.settings.items())]
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> Table:
+        """The same for a terminal."""
+        table = Table(title=f"{self.suite}: accuracy in %", caption=self._caption(), caption_justify="left")
+        for i, name in enumerate(self._header()):
+            table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=i > 0 and len(name) < 9)
+        for method, cells in zip(self.rows, self._cells(), strict=True):
+            table.add_row(*cells, style="bold" if method.startswith("this run, adapted") else None)
+        return table
+
+    @staticmethod
+    def _caption() -> str:
+        return f"normalised: relative to the experts. {ORACLE}: the best scale of a grid, chosen with labels."
+
+    def _header(self) -> list[str]:
+        return ["method", *self.tasks, "average", "normalised"]
+
+    def _cells(self) -> list[list[str]]:
+        cells = []
+        for method, row in self.rows.items():
+            numbers = [*(row[task] for task in self.tasks), average(row), self.normalised(method)]
+            cells.append([method, *("" if number is None else f"{100 * number:.1f}" for number in numbers)])
+        return cells
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items())
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

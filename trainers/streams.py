@@ -1,0 +1,226 @@
+"""The test stream: batches of known tasks, each a pure function of (seed, step)."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from adamerge import InputError
+from adamerge.data import fetch, labels_of, split_held_out
+from adamerge.suites import Split, Suite
+
+#: Images and their positions in the data set, by task.
+Batch = dict[str, dict[str, Tensor]]
+
+
+class Stream(L.LightningDataModule):
+    """Unlabelled batches of every task for adaptation, and labelled ones to score with.
+
+    The default is the papers' protocol: transductive, that is, each step takes `batch_size` shuffled images per task
+    from the very split that is scored. `held_out` keeps a part of it for scoring alone. A batch depends on (seed,
+    step) only, so that a resumed run sees what it would have seen, whatever the number of workers; several processes
+    split every batch.
+
+    Args:
+        batch_size: images per task and step, over all processes.
+        split: the split to adapt on and to score.
+        held_out: fraction of that split that is scored and never adapted on; 0 scores all of it.
+        seed: of the order of images.
+        eval_batch_size: images per forward pass in evaluation.
+        num_workers: worker processes that load images.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        split: Split = "test",
+        held_out: float = 0.0,
+        seed: int = 0,
+        eval_batch_size: int = 250,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise InputError(
+                f"batch sizes must be positive: batch_size={batch_size}, eval_batch_size={eval_batch_size}"
+            )
+        if not 0 <= held_out < 1:
+            raise InputError(f"held_out is a fraction in [0, 1), got {held_out}")
+        self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+
+    @property
+    def suite(self) -> Suite:
+        """The suite of the module that is trained."""
+        assert self.trainer is not None
+        return cast(Suite, self.trainer.lightning_module.suite)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that a result depends on."""
+        return {"batch_size": self.batch_size, "split": self.split, "held_out": self.held_out, "seed": self.seed}
+
+    def eval_tasks(self) -> dict[str, Dataset[Any]]:
+        """The images that are scored, by task."""
+        return {task: dataset for task, (_, dataset) in self._parts().items()}
+
+    def train_dataloader(self) -> "StepLoader":
+        assert self.trainer is not None
+        shard = (self.trainer.global_rank, self.trainer.world_size)
+        datasets = {task: dataset for task, (dataset, _) in self._parts().items()}
+        steps = StreamSteps(datasets, self.batch_size, self.seed, shard)
+        return training_loader(self.trainer, steps, self.num_workers)
+
+    def val_dataloader(self) -> list["StepLoader"]:
+        assert self.trainer is not None
+        return scoring_loaders(self.trainer, self.eval_tasks().values(), self.eval_batch_size, self.num_workers)
+
+    test_dataloader = val_dataloader
+
+    def _parts(self) -> dict[str, tuple[Dataset[Any], Dataset[Any]]]:
+        """What to adapt on and what to score, by task."""
+        parts: dict[str, tuple[Dataset[Any], Dataset[Any]]] = {}
+        for task in self.suite.tasks:
+            dataset = self.suite.dataset(task, self.split)
+            if not len(dataset):  # type: ignore[arg-type]
+                raise InputError(f"task {task!r} has no image in its {self.split} split")
+            parts[task] = (dataset, dataset)
+            if self.held_out:
+                adapt, held = split_held_out(len(dataset), self.held_out, self.seed)  # type: ignore[arg-type]
+                parts[task] = (Part(dataset, adapt), Part(dataset, held))
+        return parts
+
+
+class Part(Dataset[tuple[Tensor, int]]):
+    """Some images of a data set."""
+
+    def __init__(self, dataset: Dataset[Any], indices: Tensor) -> None:
+        self.dataset, self.indices = dataset, torch.as_tensor(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return cast(tuple[Tensor, int], self.dataset[int(self.indices[index])])
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [N], without decoding images where the whole data set has them."""
+        return labels_of(self.dataset)[self.indices]
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As `adamerge.data.fetch`."""
+        return fetch(self.dataset, self.indices[indices])
+
+
+class StreamSteps(Dataset[Batch]):
+    """Item `step` is that step's batch: `{task: {"images": [b, 3, H, W], "index": [b]}}`, and "labels" if asked for.
+
+    Every task runs through its images in one shuffled order after another; the order of an epoch is drawn from (seed,
+    task, epoch). Of each batch, a process takes every `world`-th image.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Dataset[Any]],
+        batch_size: int,
+        seed: int,
+        shard: tuple[int, int] = (0, 1),
+        labels: bool = False,
+    ) -> None:
+        self.datasets, self.batch_size, self.seed, self.shard, self.labels = datasets, batch_size, seed, shard, labels
+        self._orders: dict[str, tuple[int, Tensor]] = {}
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = {}
+        for task, dataset in self.datasets.items():
+            index = self.indices(task, step)
+            images, labels = fetch(dataset, index)
+            batch[task] = {"images": images, "index": index} | ({"labels": labels} if self.labels else {})
+        return batch
+
+    def indices(self, task: str, step: int) -> Tensor:
+        """Positions of this process's images of one task at one step."""
+        rank, world = self.shard
+        count = len(self.datasets[task])  # type: ignore[arg-type]
+        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[rank::world]
+        return torch.stack([self._order(task, int(p) // count)[int(p) % count] for p in places])
+
+    def _order(self, task: str, epoch: int) -> Tensor:
+        if self._orders.get(task, (-1,))[0] != epoch:
+            count = len(self.datasets[task])  # type: ignore[arg-type]
+            self._orders[task] = (epoch, torch.randperm(count, generator=generator(self.seed, task, epoch)))
+        return self._orders[task][1]
+
+
+class EvalChunks(Dataset[tuple[Tensor, Tensor]]):
+    """Item i is the i-th run of images, in order, with labels; each process takes every `world`-th of them."""
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, shard: tuple[int, int] = (0, 1)) -> None:
+        self.dataset, self.batch_size, self.shard = dataset, batch_size, shard
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)  # type: ignore[arg-type]
+
+    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
+        rank, world = self.shard
+        stop = min((chunk + 1) * self.batch_size, len(self.dataset))  # type: ignore[arg-type]
+        return fetch(self.dataset, torch.arange(chunk * self.batch_size, stop)[rank::world])
+
+
+class StepLoader:
+    """Loads items in order, with worker processes or without, from the first one that is still to do.
+
+    Not a DataLoader itself, because Lightning must not put its own sampler in place of the steps. It says that it can
+    resume, and does: wherever an iteration begins, it goes on at `first()`.
+
+    Args:
+        items: a data set whose items are whole batches.
+        count: how many there are in all.
+        num_workers: worker processes; 0 loads in this one.
+        first: the first item of an iteration, asked when it begins.
+    """
+
+    def __init__(self, items: Dataset[Any], count: int, num_workers: int, first: Callable[[], int] = lambda: 0) -> None:
+        self.items, self.count, self.num_workers, self.first = items, count, num_workers, first
+
+    def __iter__(self) -> Iterator[Any]:
+        left: Any = range(self.first(), self.count)
+        return iter(DataLoader(self.items, batch_size=None, sampler=left, num_workers=self.num_workers))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position follows from the trainer's step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+def training_loader(trainer: L.Trainer, steps: StreamSteps, num_workers: int) -> StepLoader:
+    """All the batches of a run; one that resumes begins at the first batch after its last optimiser step."""
+    if steps.batch_size % trainer.world_size:
+        raise InputError(f"batch_size {steps.batch_size} does not divide by the {trainer.world_size} processes")
+    if trainer.max_steps < 1:
+        raise InputError("a stream has no end: set trainer.max_steps to a positive number")
+    per_step = trainer.accumulate_grad_batches
+    return StepLoader(steps, trainer.max_steps * per_step, num_workers, lambda: trainer.global_step * per_step)
+
+
+def scoring_loaders(
+    trainer: L.Trainer, datasets: Iterable[Dataset[Any]], batch_size: int, num_workers: int
+) -> list[StepLoader]:
+    """One loader per data set, over all its images, shared out among the processes."""
+    chunks = (EvalChunks(dataset, batch_size, (trainer.global_rank, trainer.world_size)) for dataset in datasets)
+    return [StepLoader(chunk, len(chunk), num_workers) for chunk in chunks]
+
+
+def generator(*key: object) -> torch.Generator:
+    """A random generator that depends on nothing but its key."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
