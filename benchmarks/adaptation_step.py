@@ -1,0 +1,181 @@
+"""Cost of one adaptation step against an ordinary training step: `python -m benchmarks.adaptation_step`.
+
+Same backbone (CLIP's vision tower, random weights), same images, same precision, alternating in one process, so that
+the ratio does not depend on what else the machine does. Peak memory is measured in processes of their own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from adamerge import TaskVectors
+from adamerge.objectives import entropy
+from modules import Coefficients, MergedModel
+
+_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+SIZES = {
+    name: dict(zip(_NAMES, values, strict=True))
+    for name, values in {
+        "ViT-B/32": (768, 3072, 12, 12, 32),
+        "ViT-B/16": (768, 3072, 12, 12, 16),
+        "ViT-L/14": (1024, 4096, 24, 16, 14),
+        "tiny": (64, 128, 2, 2, 32),
+    }.items()
+}
+CLASSES = 100
+
+
+class Tower(CLIPVisionModel):
+    """Images -> pooled features."""
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixel_values=images).pooler_output
+
+
+class Bench:
+    """One backbone, K random experts, one batch of every task."""
+
+    def __init__(self, size: str, experts: int, per_task: int, device: str) -> None:
+        torch.manual_seed(0)
+        self.tower = Tower(CLIPVisionConfig(**SIZES[size])).to(device)
+        self.tasks = tuple(f"task{k}" for k in range(experts))
+        self.images = torch.randn(experts, per_task, 3, 224, 224, device=device)
+        self.head = torch.randn(CLASSES, SIZES[size]["hidden_size"], device=device) / 30
+
+    def merged(self) -> MergedModel:
+        base = {name: value.detach() for name, value in self.tower.state_dict().items()}
+        deltas = {
+            name: torch.empty(len(self.tasks), *value.shape, device=value.device).normal_(0, 1e-3)
+            for name, value in base.items()
+            if value.is_floating_point()
+        }
+        return MergedModel(self.tower, TaskVectors(base, deltas, self.tasks, fingerprints={}), Coefficients())
+
+    def loss(self, features: Tensor) -> Tensor:
+        return entropy(features @ self.head.T).mean()
+
+    def training_step(self) -> Callable[[], None]:
+        """Forward and backward pass with weight gradients of the plain backbone on the concatenated batch."""
+        images = self.images.flatten(0, 1)
+
+        def step() -> None:
+            self.tower.zero_grad()
+            self.loss(self.tower(images)).backward()
+
+        return step
+
+    def adaptation_step(self, model: MergedModel, micro_batches: bool) -> Callable[[], None]:
+        """The same on the merge, down to the coefficients' gradient and their update."""
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            if micro_batches:
+                losses = model.in_parts([lambda x=x: self.loss(model(x)) for x in self.images])
+            else:
+                features = model(self.images.flatten(0, 1)).split(self.images.shape[1])
+                losses = [self.loss(z) for z in features]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+
+        return step
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    """Wall time of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratios(bench: Bench, device: str, repeats: int) -> dict[str, float]:
+    """Median seconds of the three kinds of step, alternating."""
+    model = bench.merged()
+    steps = {
+        "training step": bench.training_step(),
+        "adaptation step": bench.adaptation_step(model, micro_batches=False),
+        "adaptation step, micro-batches": bench.adaptation_step(model, micro_batches=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            elapsed = seconds(step, device)
+            if repeat:  # the first round warms up
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(
+    size: str, experts: int, per_task: int, device: str, kind: str, queue: "multiprocessing.Queue[float]"
+) -> None:
+    """Peak of two steps in gigabytes (resident set on the CPU, allocator on a GPU)."""
+    bench = Bench(size, experts, per_task, device)
+    if kind == "training step":
+        step = bench.training_step()
+    else:
+        model = bench.merged()
+        bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
+        step = bench.adaptation_step(model, micro_batches="micro" in kind)
+    for _ in range(2):
+        step()
+    queue.put((torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9)
+
+
+def peak_resident() -> int:
+    """Highest resident set of this process in bytes; unlike getrusage, it does not start at the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def main() -> None:
+    """Print the table, and the figures as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="ViT-B/32")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--images", type=int, default=16, help="per task")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    times = ratios(Bench(args.size, args.experts, args.images, args.device), args.device, args.repeats)
+    table = Table(title=f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32")
+    for name in ("", "seconds", "ratio", "peak memory"):
+        table.add_column(name, justify="right" if name else "left")
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    for name, value in times.items():
+        queue: multiprocessing.Queue[float] = context.Queue()
+        worker = context.Process(
+            target=peak_memory, args=(args.size, args.experts, args.images, args.device, name, queue)
+        )
+        worker.start()
+        peaks[name] = queue.get()
+        worker.join()
+        table.add_row(name, f"{value:.2f}", f"{value / times['training step']:.3f}", f"{peaks[name]:.2f} GB")
+    console = Console()
+    console.print(table)
+    machine = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    console.print(json.dumps({"seconds": times, "peak_gb": peaks, **machine}), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
