@@ -119,7 +119,10 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.bin"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+        if not any(folder.glob("*.safetensors")):  # only then the older format, which would be the same weights again
+            folder = Path(snapshot_download(name, allow_patterns=["*.bin", "*.json", "*.txt"]))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{name!r} is no local file or folder and could not be fetched from the Hub "

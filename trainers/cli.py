@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -26,6 +26,9 @@ from trainers.report import Report
 
 #: The main job; every `--config` is an overlay on it.
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+
+
+_OF_ONE_CALL = ("ckpt_path", "weights_only")
 
 
 class Trainer(L.Trainer):
@@ -62,8 +65,9 @@ class KeepConfig(SaveConfigCallback):
     """Leaves the whole configuration as `config.yaml` in the run's folder."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+        if stage == "fit":  # without what is about this call, so that other subcommands take the file too
+            config = Namespace({key: value for key, value in vars(self.config).items() if key not in _OF_ONE_CALL})
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(config, skip_none=False))
 
 
 class CLI(LightningCLI):
@@ -117,6 +121,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]
         folder = str(Path(config.root, config.name))
+        if config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"] = [Progress()]
         if (
             self.subcommand == "fit" and config.trainer.logger is None
         ):  # a resumed run adds a version, so that no log is lost
@@ -153,7 +159,6 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            trainer_defaults={"callbacks": [Progress()]},
             seed_everything_default=0,
             save_config_callback=KeepConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},

@@ -215,6 +215,7 @@ def fine_tune(
         loader = StepLoader(StreamSteps(data, batch_size, seed, labels=True), steps, num_workers=0)
         trainer = L.Trainer(
             max_steps=steps,
+            limit_val_batches=0,
             accelerator="cpu",
             devices=1,
             logger=False,
@@ -222,7 +223,7 @@ def fine_tune(
             enable_model_summary=False,
             callbacks=[Progress(label)],
         )
-        trainer.fit(module, loader)
+        trainer.fit(module, loader, val_dataloaders=loader)  # none is run; Lightning warns about a module without
     state = {name: tensor.detach().clone() for name, tensor in module.backbone.state_dict().items()}
     return state, {task: module.heads[task].weights() for task in classes}
 

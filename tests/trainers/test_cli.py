@@ -93,7 +93,7 @@ def test_the_suite_of_a_checkpoint_can_be_another_one_with_the_same_models(run):
 def test_export_writes_the_adapted_weights(run):
     from safetensors.torch import load_file
 
-    main(arguments("export", f"--ckpt_path={run}/checkpoints/last.ckpt", "--output=merged.safetensors"))
+    main(["export", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt", "--output=merged.safetensors"])
     module = Adaptation.load_from_checkpoint(run / "checkpoints/last.ckpt")
     for name, value in module.merged.merged_state_dict().items():
         assert torch.equal(load_file("merged.safetensors")[name], value)
