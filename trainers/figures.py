@@ -61,7 +61,7 @@ def coefficient_paths(steps: Sequence[int], values: Tensor, tasks: Sequence[str]
             if values.shape[1] > 1:
                 axes.fill_between(steps, low[:, k], high[:, k], color=_colour(k), alpha=0.1, lw=0)
         axes.set(xlabel="step", ylabel="coefficient", title="Coefficients: median over rows, shaded 10 to 90 %")
-        _legend(axes)
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         _save(figure, path)
 
 
@@ -104,7 +104,7 @@ def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
     with _style():
         experts = rows.get("experts", {})
         shown = [name for name in rows if name not in ("experts", "mean", "task arithmetic 0.3")]
-        figure = Figure(figsize=(1.6 + 1.05 * (len(tasks) + 1), 3.3), layout="constrained")
+        figure = Figure(figsize=(1.4 + 0.8 * (len(tasks) + 1), 3.3), layout="constrained")
         axes = figure.subplots()
         places = np.arange(len(tasks) + 1)
         bar = 0.8 / len(shown)

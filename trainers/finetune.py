@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -61,18 +61,24 @@ class FineTune(ScoredModule):
     def configure_model(self) -> None:
         if not self.heads:
             data = cast(LabelledData, self.trainer.datamodule)  # type: ignore[attr-defined]
-            self.set_tasks(data.classes, given={})
+            self.set_tasks(data.classes, sample=data.sample)
 
-    def set_tasks(self, classes: Mapping[str, tuple[str, ...]], given: Mapping[str, HeadWeights]) -> None:
-        """Make one head per task: a given one, one from `init`, or a new one."""
-        given = {**self._load_init(classes), **given}
+    def set_tasks(
+        self,
+        classes: Mapping[str, tuple[str, ...]],
+        given: Mapping[str, HeadWeights] | None = None,
+        sample: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Make one head per task: a given one, one from `init`, or a new one, for features as of the `sample` image."""
+        given = {**self._load_init(classes), **(given or {})}
         for task, names in classes.items():
             if task in given:
                 if len(given[task].weight) != len(names):
                     raise InputError(f"task {task!r} has {len(names)} classes, its head {len(given[task].weight)}")
                 self.heads[task] = Head(given[task]).requires_grad_(not self.freeze_heads)
             else:
-                self.heads[task] = Head.linear(self._features(), len(names))
+                assert sample is not None
+                self.heads[task] = Head.linear(self._features(sample()), len(names))
         self.score(classes)
         self.classes = dict(classes)
 
@@ -119,10 +125,8 @@ class FineTune(ScoredModule):
         return heads
 
     @torch.no_grad()
-    def _features(self) -> int:
-        """The length of a feature, by trying one image of the data's size."""
-        data = getattr(self._trainer, "datamodule", None)
-        sample = data.sample() if data is not None else torch.zeros(1, 3, 32, 32)
+    def _features(self, sample: Tensor) -> int:
+        """The length of a feature, by trying one image [1, 3, H, W]."""
         was = self.backbone.training
         size: int = self.backbone.eval()(sample).shape[-1]
         self.backbone.train(was)
@@ -211,7 +215,7 @@ def fine_tune(
         torch.manual_seed(seed)
         optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
         module = FineTune(copy.deepcopy(backbone), freeze_heads=heads is not None, optimizer=optimizer)
-        module.set_tasks(classes, heads or {})
+        module.set_tasks(classes, heads, sample=lambda: next(iter(data.values()))[0][0][None])
         loader = StepLoader(StreamSteps(data, batch_size, seed, labels=True), steps, num_workers=0)
         trainer = L.Trainer(
             max_steps=steps,

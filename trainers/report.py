@@ -89,7 +89,7 @@ class Report(L.Callback):
             )
             if self.figures:
                 self._draw(pl_module, results, folder / "figures")
-            Console().print(results.table())
+            results.show()
             Console().print(f"Results, coefficients and figures are in {folder}", soft_wrap=True)
         trainer.strategy.barrier("report")
 
@@ -127,7 +127,8 @@ class Report(L.Callback):
         figures.coefficient_paths(steps, values, tasks, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.losses])
         experts = results.rows.get("experts")
-        figures.progress(self.steps, losses, self.accuracies, experts, tasks, folder / "progress.png")
+        scored = {0: results.rows["this run, start"], **self.accuracies} if self.accuracies else {}
+        figures.progress(self.steps, losses, scored, experts, tasks, folder / "progress.png")
         figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from adamerge.files import write_text
@@ -58,11 +59,18 @@ class Results:
         lines += ["", self._caption(), "", *(f"- {key}: {_words(value)}" for key, value in self.settings.items())]
         return "\n".join(lines) + "\n"
 
+    def show(self) -> None:
+        """Print the table; where no terminal sets a width, as wide as it needs to be."""
+        console, table = Console(), self.table()
+        if not console.is_terminal:
+            console = Console(width=console.measure(table).maximum)
+        console.print(table)
+
     def table(self) -> Table:
         """The same for a terminal."""
         table = Table(title=f"{self.suite}: accuracy in %", caption=self._caption(), caption_justify="left")
         for i, name in enumerate(self._header()):
-            table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=i > 0 and len(name) < 9)
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
         for method, cells in zip(self.rows, self._cells(), strict=True):
             table.add_row(*cells, style="bold" if method.startswith("this run, adapted") else None)
         return table

@@ -121,6 +121,11 @@ def test_half_precision_experts_keep_their_small_differences(dtype):
     assert merge(tv, scale=0.3)["w"].tolist() == [1 + 2 * step] * 4
 
 
+def test_a_half_precision_expert_far_from_its_base_comes_back():
+    base, expert = {"w": torch.tensor([1000.0]).half()}, {"w": torch.tensor([0.1]).half()}
+    assert identical(TaskVectors.from_state_dicts(base, {"a": expert}).expert("a"), expert)
+
+
 def test_half_precision_experts_of_a_float_base(base, experts):
     half = {task: {name: value.half() for name, value in state.items()} for task, state in experts.items()}
     tv = TaskVectors.from_state_dicts({name: value.float() for name, value in base.items()}, half)
@@ -352,7 +357,7 @@ def test_nan_in_a_file_is_found_by_whatever_reads_it(files, experts, use):
 
 def test_nan_in_the_base_is_the_bases(base, experts):
     base["0.bias"][0] = float("nan")
-    with pytest.raises(InputError, match="the base has 1 NaN or infinite values in 0.bias"):
+    with pytest.raises(InputError, match=r"the base has 1 NaN or infinite values in 0.bias"):
         TaskVectors.from_state_dicts(base, experts)
 
 

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+from tiny_suite import TinySuite
+
+from adamerge.files import cache_folder
+from modules import Head
+from trainers import evaluation
+from trainers.evaluation import accuracy, reference_rows
+from trainers.results import Results
+
+
+def datasets(suite):
+    return {task: suite.dataset(task, "test") for task in suite.tasks}
+
+
+def test_accuracy_counts_what_is_right(suite):
+    model = suite.backbone()
+    heads = {task: Head(suite.head(task)) for task in suite.tasks}
+    scores = accuracy(model, heads, datasets(suite), batch_size=7)
+    for task, data in datasets(suite).items():
+        images, labels = data.batch(torch.arange(len(data)))
+        right = heads[task](model(images)).argmax(1) == labels
+        assert scores[task] == pytest.approx(right.double().mean().item())
+
+
+def test_reference_rows_are_those_of_the_models_themselves(suite):
+    rows = reference_rows(suite, datasets(suite))
+    vectors, model = suite.task_vectors(), suite.backbone()
+    heads = {task: Head(suite.head(task)) for task in suite.tasks}
+    model.load_state_dict(vectors.expert("two"))
+    assert rows["experts"]["two"] == accuracy(model, heads, {"two": suite.dataset("two", "test")})["two"]
+    model.load_state_dict(dict(vectors.base))
+    assert rows["base"] == accuracy(model, heads, datasets(suite))
+    oracle = next(name for name in rows if "oracle" in name)
+    assert sum(rows[oracle].values()) >= sum(rows["task arithmetic 0.3"].values())
+
+
+def test_reference_rows_are_computed_once_per_suite(suite, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    first = reference_rows(suite, datasets(suite))
+    monkeypatch.setattr(evaluation, "accuracy", None)  # a second computation would fail
+    assert reference_rows(suite, datasets(suite)) == first
+    for other in (TinySuite(seed=1), TinySuite(images=22)):
+        with pytest.raises(TypeError):
+            reference_rows(other, datasets(other))
+    assert len(list((cache_folder() / "references").iterdir())) == 1
+
+
+def test_results_are_written_as_json_and_markdown(tmp_path, capsys):
+    rows = {"experts": {"a": 0.8, "b": 0.5}, "this run, adapted": {"a": 0.4, "b": 0.5}}
+    results = Results("toy", ("a", "b"), rows, {"seed": 3, "fingerprints": {"base": "f" * 64}})
+    results.write(tmp_path)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["rows"][1] == {
+        "method": "this run, adapted", "accuracy": {"a": 0.4, "b": 0.5}, "average": 0.45, "normalised": 0.75,
+    }  # fmt: skip
+    text = (tmp_path / "results.md").read_text()
+    assert "| this run, adapted | 40.0 | 50.0 | 45.0 | 75.0 |" in text
+    assert "base ffffffffffff" in text
+    results.show()
+    assert "this run, adapted" in capsys.readouterr().out
