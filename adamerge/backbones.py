@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,7 +78,7 @@ class TinyViT(nn.Module):
             raise ValueError(f"patch must be a power of two that divides image_size {image_size}, got {patch}")
         widths = [3, *(max(8, dim >> (halvings - 1 - i)) for i in range(halvings - 1)), dim]
         layers: list[nn.Module] = []
-        for wide_in, wide_out in zip(widths[:-1], widths[1:], strict=True):
+        for wide_in, wide_out in pairwise(widths):
             layers += [nn.Conv2d(wide_in, wide_out, 3, stride=2, padding=1), nn.GELU()]
         self.stem = nn.Sequential(*layers[:-1])  # the last convolution embeds, so no activation
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
@@ -104,7 +106,7 @@ class MLP(nn.Module):
     def __init__(self, image_size: int = 32, channels: int = 3, dim: int = 64, depth: int = 2) -> None:
         super().__init__()
         sizes = [channels * image_size**2] + [dim] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.dim = dim
 
     def forward(self, images: Tensor) -> Tensor:

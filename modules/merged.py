@@ -43,7 +43,9 @@ class MergedModel(nn.Module):
         _check_names(model, task_vectors)
         self.tasks = task_vectors.tasks
         self.fingerprints = task_vectors.fingerprints
-        rows = task_vectors.rows
+        # In the model's order, so that the rows do not depend on the format of the files the experts came in.
+        place = {name: i for i, name in enumerate(model.state_dict())}
+        rows = tuple(sorted(task_vectors.rows, key=place.__getitem__))
         dtype = task_vectors.deltas[rows[0]].dtype if rows else torch.float32
         self.coefficients = coefficients.bind(rows, self.tasks, dtype)
         # A plain object, so that parameters(), state_dict() and DDP's broadcasts see the coefficients alone.

@@ -20,7 +20,11 @@ def test_draw_is_a_function_of_its_arguments(name: str, clear: bool) -> None:
     assert labels.shape == (count,) and labels.dtype == np.int64
     assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
     assert images.std(axis=(1, 2, 3)).min() > 1  # no picture is empty
-    for other in (task.draw("train", count, 4, clear), task.draw("test", count, 3, clear), task.draw("train", count, 3, not clear)):
+    for other in (
+        task.draw("train", count, 4, clear),
+        task.draw("test", count, 3, clear),
+        task.draw("train", count, 3, not clear),
+    ):
         assert not np.array_equal(images, other[0])
 
 
@@ -41,7 +45,9 @@ def test_train_and_test_share_no_picture(name: str) -> None:
 
 def test_handwritten_digits_are_split_once_for_all_seeds() -> None:
     train = {x.tobytes() for seed in (0, 1) for x in TASKS["digits"].draw("train", 1400, seed, clear=True)[0]}
-    tests = [[x.tobytes() for x in TASKS["digits"].draw("test", Recipe().test_per_task, s, clear=True)[0]] for s in (0, 1)]
+    tests = [
+        [x.tobytes() for x in TASKS["digits"].draw("test", Recipe().test_per_task, s, clear=True)[0]] for s in (0, 1)
+    ]
     assert len(set(tests[0])) == Recipe().test_per_task  # every test image once
     assert set(tests[0]) == set(tests[1]) and tests[0] != tests[1]
     assert len(train) == 1297 and not train & set(tests[0])

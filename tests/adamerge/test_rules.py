@@ -26,6 +26,14 @@ def test_task_arithmetic_sums_and_the_mean_divides():
     assert Mean().combine("w", deltas, TASKS).tolist() == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("rule", [TaskArithmetic(), Mean()], ids=lambda rule: type(rule).__name__)
+def test_a_half_precision_base_is_summed_in_the_dtype_of_the_deltas(rule):
+    base, deltas = torch.tensor([40000.0]).half(), torch.tensor([[0.25], [0.25]])
+    merged = rule.apply("w", base, deltas, ("a", "b"), 1.0)
+    assert merged.dtype == torch.float32
+    assert merged == base.float() + (0.25 if isinstance(rule, Mean) else 0.5)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_one_hot_coefficients_are_the_expert(tv, experts, task):
     merged = merge(tv, rules=[LearnedCoefficients(one_hot(task))])

@@ -237,6 +237,14 @@ def test_tensors_that_no_expert_changed_get_no_row():
     assert merged.coefficients.groups == ("0.weight", "3.weight", "3.bias")
 
 
+def test_rows_are_in_the_models_order_whatever_the_files_order():
+    model, _ = mlp()
+    base, expert = model.state_dict(), expert_of(model, 1)
+    backwards = [dict(reversed(state.items())) for state in (base, expert)]
+    merged = MergedModel(model, TaskVectors.from_state_dicts(backwards[0], {"a": backwards[1]}), Coefficients())
+    assert merged.coefficients.groups == ("0.weight", "0.bias", "3.weight", "3.bias")
+
+
 def test_a_model_of_another_shape_is_refused():
     model, _ = mlp()
     vectors = TaskVectors.from_state_dicts(model.state_dict(), {"a": expert_of(model, 1)})
