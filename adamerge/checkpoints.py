@@ -110,7 +110,7 @@ class Renamed(Mapping[str, Tensor]):
 def read_extra(where: str | Path, key: str) -> Any:
     """One non-tensor entry of a Lightning or torch checkpoint (`None` where there is none)."""
     path = Path(where)
-    return _load_torch(path).get(key) if path.suffix in _TORCH_SUFFIXES else None
+    return load_torch(path).get(key) if path.suffix in _TORCH_SUFFIXES else None
 
 
 def hub_folder(name: str) -> Path:
@@ -139,7 +139,7 @@ def _open(where: str | Path) -> Mapping[str, Tensor]:
             with _open_safetensors(path) as file:
                 return SafetensorsState(dict.fromkeys(file.keys(), path))
         if path.suffix in _TORCH_SUFFIXES:
-            return _state_dict_of(_load_torch(path), path)
+            return _state_dict_of(load_torch(path), path)
         raise InputError(f"{path}: unknown format; expected {', '.join(_SUFFIXES)} or a folder")
     if isinstance(where, str) and _HUB_ID.match(where) and path.suffix not in _SUFFIXES and not path.parent.exists():
         return _open_folder(hub_folder(where))
@@ -183,7 +183,8 @@ def _open_safetensors(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as safetensors; it may be truncated: {error}") from error
 
 
-def _load_torch(path: Path) -> dict[str, Any]:
+def load_torch(path: Path) -> dict[str, Any]:
+    """A torch file of tensors and plain values; InputError, with what to do, for a pickle or a truncated file."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

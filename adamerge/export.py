@@ -23,7 +23,7 @@ def export(model: nn.Module, path: Path) -> Path:
                 seen.add(tensor.data_ptr())
         with replacing(path) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
-    elif path.suffix:
+    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise InputError(f"{path}: export writes .safetensors files, or a folder for a Hugging Face model")
     elif callable(save := getattr(model, "save_pretrained", None)):
         save(path)

@@ -62,6 +62,15 @@ class Coefficients(nn.Module):
         self.raw = nn.Parameter(_inverse(self.bound, effective))
         return self
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise InputError for a start that these tasks or the bound do not allow; needs no model."""
+        if isinstance(self.init, (str, Path)):
+            table = read_coefficients(self.init)
+            if sorted(table.tasks) != sorted(tasks):
+                raise InputError(f"{self.init} is for tasks {list(table.tasks)}, here are {list(tasks)}")
+        elif self.init is not None and torch.as_tensor(self.init).ndim < 2:
+            Coefficients("model", self.bound, self.init).bind(["model"], tasks)
+
     def forward(self) -> Tensor:
         """Effective coefficients, [groups, K]."""
         return _bounded(self.bound, self.raw) if self._fixed is None else self._fixed.to(self.raw)

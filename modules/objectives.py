@@ -9,7 +9,7 @@ from adamerge import objectives
 
 
 class Objective(nn.Module, ABC):
-    """A loss per image. `needs` declares the information it takes beyond the images, shown before a run starts."""
+    """A loss per image. `needs` declares the information it takes beyond the images; a run says so when it starts."""
 
     #: Any of "labels", "teacher", "task id", "train data".
     needs: ClassVar[frozenset[str]] = frozenset({"task id"})

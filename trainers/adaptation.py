@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from adamerge import InputError
+from adamerge.checkpoints import load_torch
 from adamerge.export import export
 from adamerge.fingerprint import SHORT
+from adamerge.objectives import entropy
 from adamerge.suites import Suite
 from modules import Coefficients, Entropy, Head, MergedModel, Objective
 from trainers.finetune import fine_tune
@@ -57,17 +59,29 @@ class Adaptation(ScoredModule):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
+        self._check()
         self.suite.prepare(fine_tune)
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        self._check()
         self.suite.prepare(fine_tune)
         self.suite.check()
         self.model = MergedModel(self.suite.backbone(), self.suite.task_vectors(), self.coefficients)
         for task in self.suite.tasks:
             self.heads[task] = Head(self.suite.head(task))
         self.score({task: self.suite.classes(task) for task in self.suite.tasks})
+
+    def _check(self) -> None:
+        """What can be known before anything is read or made."""
+        self.coefficients.check(self.suite.tasks)
+        if (
+            self._trainer is not None
+            and str(self.trainer.precision).endswith("-true")
+            and "16" in self.trainer.precision
+        ):
+            raise InputError(f"precision {self.trainer.precision} would round the coefficients away; use bf16-mixed")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([parameter for _, parameter in self.learned()])
@@ -91,27 +105,29 @@ class Adaptation(ScoredModule):
         return self.model
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        losses = self.losses(batch)
+        losses, entropies = self.losses(batch)
         loss = torch.stack(list(losses.values())).sum()
         self.log("loss", loss.detach(), prog_bar=True)
         self.log_dict({f"loss/{task}": value.detach() for task, value in losses.items()})
+        self.log_dict({f"entropy/{task}": value for task, value in entropies.items()})
         return {"loss": loss, "losses": torch.stack([value.detach() for value in losses.values()])}
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean loss of each task's images. Their sum, as it is, takes the backward pass."""
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each task's mean loss, whose plain sum takes the backward pass, and the mean entropy of its predictions."""
         images = {task: part["images"] for task, part in batch.items()}
+        entropies: dict[str, Tensor] = {}
+
+        def loss(task: str, features: Tensor) -> Tensor:
+            logits = self.heads[task](features)
+            entropies[task] = entropy(logits.detach()).mean()
+            return self.objective(logits).mean()
+
         if self.micro_batches:
-            parts = (partial(self._loss, task, x) for task, x in images.items())
+            parts = (partial(lambda task, x: loss(task, self.merged(x)), task, x) for task, x in images.items())
             others = [p for p in self.parameters() if p is not self.coefficients.raw]
-            return dict(zip(images, self.merged.in_parts(parts, others), strict=True))
+            return dict(zip(images, self.merged.in_parts(parts, others), strict=True)), entropies
         features = self.merged(torch.cat(list(images.values()))).split([len(x) for x in images.values()])
-        return {task: self._head_loss(task, z) for task, z in zip(images, features, strict=True)}
-
-    def _loss(self, task: str, images: Tensor) -> Tensor:
-        return self._head_loss(task, self.merged(images))
-
-    def _head_loss(self, task: str, features: Tensor) -> Tensor:
-        return self.objective(self.heads[task](features)).mean()
+        return {task: loss(task, z) for task, z in zip(images, features, strict=True)}, entropies
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         values = self.coefficients().detach()
@@ -166,7 +182,7 @@ class Adaptation(ScoredModule):
         """Load what was learned from a checkpoint, into this configuration."""
         if not Path(path).is_file():
             raise InputError(f"no such checkpoint: {path}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_torch(Path(path))
         self.configure_model()
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
@@ -174,8 +190,22 @@ class Adaptation(ScoredModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        objective = type(self.objective).__name__
-        return {"grain": self.coefficients.grain, "bound": self.coefficients.bound, "objective": objective}
+        start = self.coefficients.init if isinstance(self.coefficients.init, (float, int, list, str)) else "default"
+        optimizer = self.configure_optimizers()
+        plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (bool, int, float, tuple))}
+        return {
+            "grain": self.coefficients.grain,
+            "bound": self.coefficients.bound,
+            "init": start,
+            "objective": type(self.objective).__name__,
+            "optimizer": {"name": type(optimizer).__name__, **plain},
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Adaptation":
+        """As Lightning's, of tensors and plain values only. Raises InputError for a broken file or a pickle."""
+        load_torch(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def export(self, path: str | Path) -> Path:
         """Write the merged backbone: a `.safetensors` file, or a folder that `from_pretrained` opens (HF models)."""

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -18,7 +21,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from adamerge import InputError
-from adamerge.files import write_text
+from adamerge.checkpoints import load_torch
+from adamerge.files import replacing, write_text
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.progress import Progress
@@ -55,10 +59,27 @@ class Trainer(L.Trainer):
 class Checkpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, and makes sure that it is the end of a run that ended."""
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A checkpoint after the validation of its step, so that a resumed run need not repeat it."""
+        super().on_validation_end(trainer, pl_module)
+        if self.save_last and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, even where the temporary folder is on another file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class KeepConfig(SaveConfigCallback):
@@ -129,7 +150,20 @@ class CLI(LightningCLI):
             kwargs["logger"] = [TensorBoardLogger(f"{folder}/logs", "tensorboard"), CSVLogger(f"{folder}/logs", "csv")]
         elif self.subcommand != "fit":
             kwargs["logger"] = False
+        kwargs["plugins"] = [*(config.trainer.plugins or []), WholeFiles()]
         return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Look at what was given before any work starts."""
+        where = self.config_init[self.subcommand].get("ckpt_path")
+        if where and where not in ("last", "best", "hpc", "registry"):
+            if not Path(where).is_file():
+                raise InputError(f"no such checkpoint: {where}")
+            load_torch(Path(where))
+        if self.subcommand == "fit" and self.trainer.max_steps < 1 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"trainer.max_steps is {self.trainer.max_steps}; a stream has no end: give a positive number"
+            )
 
     def after_fit(self) -> None:
         if isinstance(self.model, FineTune) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -171,7 +205,7 @@ def main(args: list[str] | None = None) -> None:
             },
             args=args,
         )
-    except (ValueError, FileNotFoundError, ArgumentError) as error:
+    except (ValueError, FileNotFoundError, ArgumentError, MisconfigurationException) as error:
         ours = not isinstance(error, ValueError) or isinstance(error, InputError) or "Does not validate" in str(error)
         if not ours or os.environ.get("ADAMERGE_DEBUG"):
             raise

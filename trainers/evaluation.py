@@ -1,5 +1,6 @@
 """Scoring models on a suite, and the reference rows that every result is compared with."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from adamerge import TaskVectors, merge
+from adamerge import merge
 from adamerge.data import fetch, labels_of
 from adamerge.files import cache_folder, write_text
 from adamerge.fingerprint import fingerprint
 from adamerge.rules import Mean, TaskArithmetic
 from adamerge.suites import Suite
 from modules import Head
+from trainers.streams import EvalChunks, StepLoader
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,15 @@ def accuracy(
     datasets: Mapping[str, Dataset[Any]],
     batch_size: int = 250,
     device: torch.device | str = "cpu",
+    num_workers: int = 0,
 ) -> Accuracy:
     """Top-1 accuracy of each task: its head on `features(images)`, over its whole data set."""
     scores = {}
     for task, dataset in datasets.items():
         head = heads[task].to(device)
         metric: MulticlassAccuracy | None = None
-        for chunk in torch.arange(len(dataset)).split(batch_size):  # type: ignore[arg-type]
-            images, labels = fetch(dataset, chunk)
+        chunks = EvalChunks(dataset, batch_size)
+        for images, labels in StepLoader(chunks, len(chunks), num_workers):
             logits = head(features(images.to(device)))
             metric = metric or MulticlassAccuracy(logits.shape[-1], average="micro", sync_on_compute=False).to(device)
             metric.update(logits, labels.to(device))
@@ -56,25 +59,28 @@ def reference_rows(
     datasets: Mapping[str, Dataset[Any]],
     batch_size: int = 250,
     device: torch.device | str = "cpu",
-    task_vectors: TaskVectors | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    num_workers: int = 0,
 ) -> dict[str, Accuracy]:
     """Accuracy of the base, of each expert on its own task, of the mean and of task arithmetic.
 
     Task arithmetic is scored at 0.3 and over a grid; the grid's best is an oracle, since labels choose it. Rows are
-    computed once per (models, heads, scored images) and kept in the user's cache folder.
+    computed once per (models, heads, scored images) and kept in the user's cache folder; with the `fingerprints` of the
+    models given, a second call does not even read them.
     """
-    task_vectors = task_vectors or suite.task_vectors()
+    fingerprints = fingerprints or suite.task_vectors().fingerprints
     heads = {task: Head(suite.head(task)) for task in suite.tasks}
-    cached = cache_folder() / "references" / f"{_key(task_vectors, heads, datasets)}.json"
+    cached = cache_folder() / "references" / f"{_key(fingerprints, suite.backbone(), heads, datasets)}.json"
     if cached.is_file():
         rows: dict[str, Accuracy] = json.loads(cached.read_text())
         return rows
     log.info("Scoring the base, the experts and static merges once for this suite (kept in %s)", cached.parent)
-    model = suite.backbone().eval().to(device)
+    task_vectors = suite.task_vectors()
+    model = copy.deepcopy(suite.backbone()).eval().to(device)  # the suite may hand out the user's own
 
     def score(state: Mapping[str, Tensor], tasks: tuple[str, ...] = suite.tasks) -> Accuracy:
         model.load_state_dict(dict(state))
-        return accuracy(model, heads, {task: datasets[task] for task in tasks}, batch_size, device)
+        return accuracy(model, heads, {task: datasets[task] for task in tasks}, batch_size, device, num_workers)
 
     grid = sorted({*(n / 10 for n in range(1, 11)), 1 / len(suite.tasks)})
     arithmetic = {scale: score(merge(task_vectors, [TaskArithmetic()], scale)) for scale in grid}
@@ -95,13 +101,27 @@ def average(scores: Accuracy) -> float:
     return sum(scores.values()) / len(scores)
 
 
-def _key(task_vectors: TaskVectors, heads: Mapping[str, Head], datasets: Mapping[str, Dataset[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(task_vectors.fingerprints, sort_keys=True).encode())
+def _key(
+    fingerprints: Mapping[str, str],
+    backbone: nn.Module,
+    heads: Mapping[str, Head],
+    datasets: Mapping[str, Dataset[Any]],
+) -> str:
+    """What the rows depend on: the models, how they compute, the heads, the labels and a spread of the images."""
+    digest = hashlib.sha256(json.dumps(dict(fingerprints), sort_keys=True).encode())
+    # Two networks may share tensors and differ in what they compute: number of attention heads, activation, ...
+    parts = (f"{name}:{type(m).__name__}:{_plain(m)}" for name, m in backbone.named_modules())
+    digest.update("|".join(parts).encode())
     for task, head in heads.items():
         dataset = datasets[task]
         count = len(dataset)  # type: ignore[arg-type]
-        images, _ = fetch(dataset, torch.tensor([0, count // 2, count - 1]))
+        images, _ = fetch(dataset, torch.linspace(0, count - 1, min(count, 64)).long())
         labels = labels_of(dataset)
         state = {**head.state_dict(), "images": images, "labels": labels}
         digest.update(f"{task}|{head.normalize}|{head.scale}|{fingerprint(state)}".encode())
     return digest.hexdigest()[:24]
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The numbers, words and switches among a module's own attributes."""
+    return {k: v for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, str)) and k != "training"}

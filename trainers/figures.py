@@ -24,15 +24,18 @@ _STYLE: Any = {
 _ROWS_PER_COLUMN = 52
 
 
-def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str], start: float, path: Path) -> None:
-    """Heat map of coefficients [groups, K]: one line a tensor or block, one column a task, white where they started.
+def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str], start: Tensor, path: Path) -> None:
+    """Heat map of coefficients [groups, K]: one line a tensor or block, one column a task.
+
+    White is the start where all coefficients have one; else the map shows the change from `start`.
 
     Many rows are laid out in several columns of panels, each named by block and tensor, so that 200 rows stay readable.
     """
     with _style():
-        table = values.numpy()
-        spread = max(float(np.abs(table - start).max()), 1e-3)
-        norm = TwoSlopeNorm(start, start - spread, start + spread)
+        uniform = bool((start == start[0, 0]).all())
+        table, white = (values.numpy(), start[0, 0].item()) if uniform else ((values - start).numpy(), 0.0)
+        spread = max(float(np.abs(table - white).max()), 1e-3)
+        norm = TwoSlopeNorm(white, white - spread, white + spread)
         columns = math.ceil(len(groups) / _ROWS_PER_COLUMN)
         per_column = math.ceil(len(groups) / columns)
         width = (1.9 + 0.27 * len(tasks)) * columns + 0.9
@@ -45,7 +48,14 @@ def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str],
             image = axes.imshow(table[part], cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
             _label_rows(axes, groups[part])
             axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
-        figure.colorbar(image, ax=list(panels), label="coefficient", shrink=0.6, aspect=30, pad=0.01)
+        figure.colorbar(
+            image,
+            ax=list(panels),
+            label="coefficient" if uniform else "change of coefficient",
+            shrink=0.6,
+            aspect=30,
+            pad=0.01,
+        )
         figure.suptitle("Coefficients after adaptation", fontsize=10)
         _save(figure, path)
 
@@ -68,6 +78,7 @@ def coefficient_paths(steps: Sequence[int], values: Tensor, tasks: Sequence[str]
 def progress(
     steps: Sequence[int],
     losses: Tensor,
+    objective: str,
     accuracies: Mapping[int, Mapping[str, float]],
     experts: Mapping[str, float] | None,
     tasks: Sequence[str],
@@ -83,7 +94,11 @@ def progress(
             panels[0].plot(steps, raw, color=_colour(k), alpha=0.15, lw=0.6)
             kernel = np.ones(smooth) / smooth
             panels[0].plot(steps[smooth - 1 :], np.convolve(raw, kernel, "valid"), color=_colour(k), lw=1.4, label=task)
-        panels[0].set(xlabel="step", ylabel="loss (entropy: nats)", title=f"Loss by task, mean of {smooth} steps")
+        panels[0].set(
+            xlabel="step",
+            ylabel="entropy (nats)" if objective == "Entropy" else objective,
+            title=f"Loss by task, mean of {smooth} steps",
+        )
         panels[0].set_ylim(bottom=0)
         if accuracies:
             at = sorted(accuracies)

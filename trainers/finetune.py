@@ -29,7 +29,7 @@ Labelled = dict[str, dict[str, Tensor]]
 class FineTune(ScoredModule):
     """Supervised training of one backbone with a linear head per task: several tasks make a base, one makes an expert.
 
-    A step sums the tasks' mean cross-entropies. The learning rate warms up linearly and falls to zero along a half
+    A step averages the tasks' mean cross-entropies. The learning rate warms up linearly and falls to zero along a half
     cosine. The checkpoint (`backbone.*`, `heads.<task>.*`, and the class names) is what `adamerge.suites.Local`
     opens.
 
@@ -94,13 +94,13 @@ class FineTune(ScoredModule):
 
     def training_step(self, batch: Labelled, batch_idx: int) -> Tensor:
         images = torch.cat([part["images"] for part in batch.values()])
-        images = shift_and_flip(images, self.shift, self.flip, key=("augment", self.global_step, self.global_rank))
+        images = shift_and_flip(images, self.shift, self.flip, key=(torch.initial_seed(), batch_idx, self.global_rank))
         features = self.backbone(images).split([len(part["images"]) for part in batch.values()])
         losses = [
             F.cross_entropy(self.heads[task](z), part["labels"])
             for (task, part), z in zip(batch.items(), features, strict=True)
         ]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack(losses).mean()
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -214,11 +214,12 @@ def fine_tune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay)
-        module = FineTune(copy.deepcopy(backbone), freeze_heads=heads is not None, optimizer=optimizer)
+        module = FineTune(copy.deepcopy(backbone), freeze_heads=heads is not None, optimizer=optimizer, warmup=0.3)
         module.set_tasks(classes, heads, sample=lambda: next(iter(data.values()))[0][0][None])
         loader = StepLoader(StreamSteps(data, batch_size, seed, labels=True), steps, num_workers=0)
         trainer = L.Trainer(
             max_steps=steps,
+            gradient_clip_val=1.0,
             limit_val_batches=0,
             accelerator="cpu",
             devices=1,

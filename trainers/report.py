@@ -1,5 +1,7 @@
 """The callback that follows a run and leaves its results and figures."""
 
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from trainers.adaptation import Adaptation
 from trainers.evaluation import accuracy, reference_rows
 from trainers.results import Results
 from trainers.streams import Stream
+
+log = logging.getLogger(__name__)
 
 
 class Report(L.Callback):
@@ -44,6 +48,9 @@ class Report(L.Callback):
         self._since = time.monotonic()
         if isinstance(pl_module, Adaptation):
             self._snapshot(trainer, pl_module)
+            count = sum(p.numel() for _, p in pl_module.learned())
+            needs = ", ".join(sorted(pl_module.objective.needs)) or "nothing"
+            log.info("Learns %d numbers; beyond images, %s needs: %s", count, type(pl_module.objective).__name__, needs)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         if not isinstance(pl_module, Adaptation):
@@ -60,7 +67,7 @@ class Report(L.Callback):
             self.accuracies[trainer.global_step] = scores
 
     def state_dict(self) -> dict[str, Any]:
-        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        losses = torch.stack([loss.cpu() for loss in self.losses]) if self.losses else torch.zeros(0)
         self._tick()
         return {
             "steps": list(self.steps),
@@ -98,37 +105,43 @@ class Report(L.Callback):
         datasets, size, device = stream.eval_tasks(), stream.eval_batch_size, module.device
         rows = {}
         if self.references:
-            rows = dict(reference_rows(module.suite, datasets, size, device))
+            rows = reference_rows(module.suite, datasets, size, device, module.merged.fingerprints, stream.num_workers)
         with trainer.precision_plugin.forward_context():
-            for name, values in (("this run, start", self.snapshots[0]), ("this run, adapted", None)):
-                rows[name] = self._score(module, values, datasets, size)
+            for name, values in (("this run, start", self.snapshots[min(self.snapshots)]), ("this run, adapted", None)):
+                with module.coefficients.at(values):
+                    heads = dict(module.heads.items())
+                    rows[name] = accuracy(module.merged, heads, datasets, size, device, stream.num_workers)
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
             "learned_parameters": sum(p.numel() for _, p in module.learned()),
             "wall_seconds": round(self.seconds, 1),
             "method": module.describe(),
+            "suite_arguments": module.hparams.get("suite", {}).get("init_args", {}),
             "stream": stream.describe(),
+            "trainer": {
+                "precision": trainer.precision,
+                "processes": trainer.world_size,
+                "accumulated_batches": trainer.accumulate_grad_batches,
+                "seed_everything": os.environ.get("PL_GLOBAL_SEED"),
+            },
             "versions": {"torch": torch.__version__, "lightning": L.__version__},
             "fingerprints": module.merged.fingerprints,
         }
         return Results(module.suite.name, module.suite.tasks, rows, settings)
 
-    @staticmethod
-    def _score(module: Adaptation, coefficients: Tensor | None, datasets: Any, size: int) -> dict[str, float]:
-        with module.coefficients.at(coefficients):
-            return accuracy(module.merged, dict(module.heads.items()), datasets, size, module.device)
-
     def _draw(self, module: Adaptation, results: Results, folder: Path) -> None:
         tasks, groups = module.suite.tasks, module.coefficients.groups
         steps = sorted(self.snapshots)
         values = torch.stack([self.snapshots[step] for step in steps])
-        figures.coefficient_map(values[-1], groups, tasks, float(values[0].mean()), folder / "coefficients.png")
+        figures.coefficient_map(values[-1], groups, tasks, values[0], folder / "coefficients.png")
         figures.coefficient_paths(steps, values, tasks, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.losses])
         experts = results.rows.get("experts")
         scored = {0: results.rows["this run, start"], **self.accuracies} if self.accuracies else {}
-        figures.progress(self.steps, losses, scored, experts, tasks, folder / "progress.png")
+        figures.progress(
+            self.steps, losses, type(module.objective).__name__, scored, experts, tasks, folder / "progress.png"
+        )
         figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:

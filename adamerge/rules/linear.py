@@ -25,6 +25,7 @@ class Mean(Rule):
         return deltas.mean(0)
 
     def apply(self, name: str, base: Tensor, deltas: Tensor, tasks: tuple[str, ...], scale: float) -> Tensor:
+        base = base.to(deltas.dtype)
         # Exact wherever Σₖ θₖ is; base + mean(τ) would round twice.
         mean = (len(tasks) * base + deltas.sum(0)) / len(tasks)
         return torch.lerp(base, mean, scale)

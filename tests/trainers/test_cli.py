@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,7 +94,14 @@ def test_the_suite_of_a_checkpoint_can_be_another_one_with_the_same_models(run):
 def test_export_writes_the_adapted_weights(run):
     from safetensors.torch import load_file
 
-    main(["export", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt", "--output=merged.safetensors"])
+    main(
+        [
+            "export",
+            f"--config={run}/config.yaml",
+            f"--ckpt_path={run}/checkpoints/last.ckpt",
+            "--output=merged.safetensors",
+        ]
+    )
     module = Adaptation.load_from_checkpoint(run / "checkpoints/last.ckpt")
     for name, value in module.merged.merged_state_dict().items():
         assert torch.equal(load_file("merged.safetensors")[name], value)
@@ -110,7 +118,9 @@ def test_overlays_change_what_they_name():
         )
     )
     results = json.loads(Path("runs/run/results.json").read_text())
-    assert results["method"] == {"grain": "block", "bound": "tanh", "objective": "Entropy"}
+    method = results["method"]
+    assert (method["grain"], method["bound"], method["objective"]) == ("block", "tanh", "Entropy")
+    assert (method["optimizer"]["name"], method["optimizer"]["lr"]) == ("Adam", 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -132,16 +142,25 @@ def test_overlays_change_what_they_name():
             "--model.init_args.coefficients.init_args.bound=clamp --model.init_args.coefficients.init_args.init=2.0",
             "init 2 is",
         ),
+        ("--model.init_args.coefficients.init_args.init=nowhere.json", r"no such file of coefficients: nowhere\.json"),
+        ("--trainer.max_steps=-1", "a stream has no end"),
+        ("--trainer.precision=bf16-true", "use bf16-mixed"),
+        ("--ckpt_path=truncated.ckpt", r"truncated\.ckpt cannot be read"),
+        ("--ckpt_path=pickle.ckpt", "holds pickled Python objects"),
     ],
 )
-def test_bad_input_ends_in_one_sentence_before_any_work(argument, message, capsys):
+def test_bad_input_ends_in_one_sentence_before_any_work(argument, message, capsys, monkeypatch):
+    def prepare(self, fine_tune):
+        pytest.fail("work started")
+
+    monkeypatch.setattr("tiny_suite.TinySuite.prepare", prepare)
+    torch.save({"state_dict": {}}, "whole.ckpt")
+    Path("truncated.ckpt").write_bytes(Path("whole.ckpt").read_bytes()[:300])
+    torch.save({"model": torch.nn.Linear(1, 1)}, "pickle.ckpt")
     with pytest.raises(SystemExit) as stopped:
         main(arguments("fit", "--trainer.max_steps=1", *argument.split()))
     assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    import re
-
+    error = "error: " + capsys.readouterr().err.strip().split("error: ", 1)[1]
     assert re.search(message, error), error
     assert not list(Path().glob("runs/*/results.json"))
 
@@ -183,6 +202,23 @@ def test_a_killed_run_resumes_bit_for_bit(environment):
     assert len(list(Path("runs/killed/logs/csv").iterdir())) == 2, "the log of the killed run is kept"
 
 
+def test_a_resumed_run_reports_all_of_it():
+    """Stopped right after a validation, at the step of a checkpoint: no validation is lost, none comes twice."""
+    every = ["--trainer.val_check_interval=5", "--checkpoint.every_n_train_steps=5", "--report.references=false"]
+    main(arguments("fit", "--name=whole", "--trainer.max_steps=15", *every))
+    main(arguments("fit", "--name=parts", "--trainer.max_steps=10", *every))
+    last = "--ckpt_path=runs/parts/checkpoints/last.ckpt"
+    main(arguments("fit", "--name=parts", "--trainer.max_steps=15", last, *every))
+    reports = []
+    for name in ("whole", "parts"):
+        saved = torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
+        reports.append(next(state for key, state in saved["callbacks"].items() if key.startswith("Report")))
+    assert list(reports[1]["accuracies"]) == [5, 10, 15]
+    assert reports[0]["accuracies"] == reports[1]["accuracies"]
+    assert reports[0]["steps"] == reports[1]["steps"] == list(range(1, 16))
+    assert torch.equal(reports[0]["losses"], reports[1]["losses"])
+
+
 def test_two_processes_learn_what_one_learns(environment):
     settings = [
         "--trainer.max_steps=8",
@@ -192,7 +228,7 @@ def test_two_processes_learn_what_one_learns(environment):
     ]
     main(arguments("fit", "--name=one", *settings))
     command = [sys.executable, ROOT / "train.py", *arguments("fit", "--name=two", *settings)]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.init_args.micro_batches=true"]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     one, two = (learned(Path(f"runs/{name}/checkpoints/last.ckpt")) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-6)

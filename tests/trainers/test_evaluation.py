@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_suite import TinySuite
 
+from adamerge.backbones import TinyViT
 from adamerge.files import cache_folder
 from modules import Head
 from trainers import evaluation
@@ -46,6 +47,23 @@ def test_reference_rows_are_computed_once_per_suite(suite, monkeypatch, tmp_path
         with pytest.raises(TypeError):
             reference_rows(other, datasets(other))
     assert len(list((cache_folder() / "references").iterdir())) == 1
+
+
+def test_the_users_own_model_is_left_alone(suite, monkeypatch):
+    model = suite.backbone().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(suite, "backbone", lambda: model)
+    reference_rows(suite, {task: suite.dataset(task, "train") for task in suite.tasks})
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_cache_knows_networks_apart_that_share_their_tensors(suite):
+    heads = {task: Head(suite.head(task)) for task in suite.tasks}
+    networks = [TinyViT(dim=16, depth=1, heads=count) for count in (2, 4)]
+    keys = {evaluation._key({}, network, heads, datasets(suite)) for network in networks}
+    assert len(keys) == 2
 
 
 def test_results_are_written_as_json_and_markdown(tmp_path, capsys):

@@ -104,9 +104,20 @@ def pool(tmp_path, monkeypatch) -> Path:
     source = "{task}: {{class_path: adamerge.data.Npz, init_args: {{path: {task}.npz}}}}"
     root = Path(__file__).resolve().parents[2]
     both = ", ".join(source.format(task=task) for task in ("stripes", "bands"))
-    for name, tasks in (("base", both), ("stripes", source.format(task="stripes")), ("bands", source.format(task="bands"))):
-        arguments = ["fit", f"--config={root}/configs/finetune.yaml", f"--data.init_args.data={{{tasks}}}", f"--name={name}"]
-        arguments += ["--model.init_args.backbone={class_path: adamerge.backbones.MLP, init_args: {image_size: 4, dim: 8}}"]
+    for name, tasks in (
+        ("base", both),
+        ("stripes", source.format(task="stripes")),
+        ("bands", source.format(task="bands")),
+    ):
+        arguments = [
+            "fit",
+            f"--config={root}/configs/finetune.yaml",
+            f"--data.init_args.data={{{tasks}}}",
+            f"--name={name}",
+        ]
+        arguments += [
+            "--model.init_args.backbone={class_path: adamerge.backbones.MLP, init_args: {image_size: 4, dim: 8}}"
+        ]
         if name != "base":
             arguments += ["--model.init_args.init=pool/base.ckpt", "--model.init_args.freeze_heads=true"]
         main([*arguments, "--trainer.max_steps=12", "--trainer.accelerator=cpu"])
@@ -127,7 +138,9 @@ def test_a_pool_of_fine_tuned_checkpoints_is_a_suite(pool):
 
 def test_another_class_list_than_that_of_init_is_refused(pool):
     module = FineTune(MLP(image_size=4, dim=8), init=str(pool / "base.ckpt"), freeze_heads=True)
-    with pytest.raises(InputError, match=r"the head of 'bands' is for classes \['left', 'right'\], the data has \['up', 'down'\]"):
+    with pytest.raises(
+        InputError, match=r"the head of 'bands' is for classes \['left', 'right'\], the data has \['up', 'down'\]"
+    ):
         module.set_tasks({"bands": ("up", "down")})
     with pytest.raises(InputError, match=r"base\.ckpt does not fit MLP: they differ in"):
         FineTune(MLP(image_size=4, dim=9), init=str(pool / "base.ckpt")).set_tasks({"bands": ("left", "right")})
