@@ -63,24 +63,28 @@ class Results:
         """Print the table; where no terminal sets a width, as wide as it needs to be."""
         console, table = Console(), self.table()
         if not console.is_terminal:
-            console = Console(width=console.measure(table).maximum)
+            console = Console(width=Console(width=10_000).measure(table).maximum)
         console.print(table)
 
     def table(self) -> Table:
-        """The same for a terminal."""
-        table = Table(title=f"{self.suite}: accuracy in %", caption=self._caption(), caption_justify="left")
-        for i, name in enumerate(self._header()):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        """The same for a terminal: eight tasks fit into 80 columns, method names wrap."""
+        title, caption = f"{self.suite}: accuracy in %", self._caption()
+        table = Table(
+            title=title, caption=caption, caption_justify="left", box=None, padding=(0, 0, 0, 1), pad_edge=False
+        )
+        table.add_column("method", min_width=12)
+        for name in self._header()[1:]:
+            table.add_column(name, justify="right", no_wrap=True)
         for method, cells in zip(self.rows, self._cells(), strict=True):
             table.add_row(*cells, style="bold" if method.startswith("this run, adapted") else None)
         return table
 
     @staticmethod
     def _caption() -> str:
-        return f"normalised: relative to the experts. {ORACLE}: the best scale of a grid, chosen with labels."
+        return f"norm: relative to the experts. {ORACLE}: the best scale of a grid, chosen with labels."
 
     def _header(self) -> list[str]:
-        return ["method", *self.tasks, "average", "normalised"]
+        return ["method", *self.tasks, "avg", "norm"]
 
     def _cells(self) -> list[list[str]]:
         cells = []

@@ -1,4 +1,4 @@
-"""The drawn data of suite Mini is deterministic, balanced and split cleanly; the backbones name their parameters as promised."""
+"""The pictures of suite Mini are deterministic, balanced and split cleanly; the small backbones keep their promises."""
 
 import re
 
@@ -16,9 +16,12 @@ def test_draw_is_a_function_of_its_arguments(name: str, clear: bool) -> None:
     task, count = TASKS[name], 2 * len(TASKS[name].classes) + 1
     images, labels = task.draw("train", count, seed=3, clear=clear)
     again, labels_again = task.draw("train", count, seed=3, clear=clear)
-    assert images.shape == (count, SIZE, SIZE, 3) and images.dtype == np.uint8
-    assert labels.shape == (count,) and labels.dtype == np.int64
-    assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
+    assert images.shape == (count, SIZE, SIZE, 3)
+    assert images.dtype == np.uint8
+    assert labels.shape == (count,)
+    assert labels.dtype == np.int64
+    assert np.array_equal(images, again)
+    assert np.array_equal(labels, labels_again)
     assert images.std(axis=(1, 2, 3)).min() > 1  # no picture is empty
     for other in (
         task.draw("train", count, 4, clear),
@@ -49,8 +52,10 @@ def test_handwritten_digits_are_split_once_for_all_seeds() -> None:
         [x.tobytes() for x in TASKS["digits"].draw("test", Recipe().test_per_task, s, clear=True)[0]] for s in (0, 1)
     ]
     assert len(set(tests[0])) == Recipe().test_per_task  # every test image once
-    assert set(tests[0]) == set(tests[1]) and tests[0] != tests[1]
-    assert len(train) == 1297 and not train & set(tests[0])
+    assert set(tests[0]) == set(tests[1])
+    assert tests[0] != tests[1]
+    assert len(train) == 1297
+    assert not train & set(tests[0])
 
 
 def test_fog_lowers_contrast() -> None:
@@ -61,7 +66,7 @@ def test_fog_lowers_contrast() -> None:
 
 def test_draw_rejects_an_unknown_split_and_allows_no_images() -> None:
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'valid'"):
-        TASKS["print"].draw("valid", 1, 0)
+        TASKS["print"].draw("valid", 1, 0)  # type: ignore[arg-type]
     assert TASKS["print"].draw("test", 0, 0)[0].shape == (0, SIZE, SIZE, 3)
 
 
@@ -102,4 +107,4 @@ def test_vit_errors_name_the_size() -> None:
 def test_mlp_gives_one_feature_per_image() -> None:
     mlp = MLP(image_size=8, dim=5, depth=3)
     assert mlp(torch.rand(2, 3, 8, 8)).shape == (2, 5)
-    assert [name for name, _ in mlp.named_parameters()][0] == "layers.0.weight"
+    assert next(name for name, _ in mlp.named_parameters()) == "layers.0.weight"

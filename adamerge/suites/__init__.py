@@ -1,0 +1,8 @@
+"""Suites: the pools of models and tasks that one adapts on."""
+
+from adamerge.suites.base import FineTune, HeadWeights, Split, Suite
+from adamerge.suites.clip import ClipVision
+from adamerge.suites.local import Local
+from adamerge.suites.mini import Mini
+
+__all__ = ["ClipVision", "FineTune", "HeadWeights", "Local", "Mini", "Split", "Suite"]

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from adamerge import InputError
+from adamerge.suites import HeadWeights, Mini
+from adamerge.suites.mini import Recipe
+
+SMALL = Recipe(train_per_task=12, test_per_task=10, base_images_per_task=11, base_steps=1, expert_steps=1)
+TASKS = ["digits", "signs"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+
+
+def trainer(calls):
+    """A stand-in for fine-tuning that adds noise and notes what it was asked for."""
+
+    def fine_tune(backbone, data, classes, *, heads, **settings):
+        calls.append((dict(data), heads, settings))
+        rng = torch.Generator().manual_seed(len(calls))
+        state = {n: v + 0.01 * torch.randn(v.shape, generator=rng) for n, v in backbone.state_dict().items()}
+        made = {
+            t: HeadWeights(torch.randn(len(names), 96, generator=rng), torch.zeros(len(names)))
+            for t, names in classes.items()
+        }
+        return state, heads or made
+
+    return fine_tune
+
+
+def test_builds_a_base_and_an_expert_per_task_once():
+    suite, calls = Mini(TASKS, recipe=SMALL), []
+    suite.prepare(trainer(calls))
+    assert len(calls) == 3
+    assert [len(data) for data in calls[0][0].values()] == [11, 11]
+    assert [list(data) for data, _, _ in calls[1:]] == [["digits"], ["signs"]]
+    assert [len(next(iter(data.values()))) for data, _, _ in calls[1:]] == [12, 12]
+    assert all(heads is not None for _, heads, _ in calls[1:]), "experts keep the base's heads"
+    suite.check()
+    assert suite.task_vectors().tasks == ("digits", "signs")
+    Mini(TASKS, recipe=SMALL).prepare(trainer(calls))
+    assert len(calls) == 3
+
+
+def test_another_recipe_seed_or_choice_is_another_suite():
+    suites = [Mini(TASKS, recipe=SMALL), Mini(TASKS[:1], recipe=SMALL), Mini(TASKS, seed=1, recipe=SMALL), Mini(TASKS)]
+    folders = {suite.folder for suite in suites}
+    assert len(folders) == 4
+
+
+def test_an_interrupted_build_leaves_nothing_behind():
+    suite, calls = Mini(TASKS, recipe=SMALL), []
+    good = trainer(calls)
+
+    def stops(*args, **kwargs):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return good(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.prepare(stops)
+    assert list(suite.folder.parent.iterdir()) == []
+
+
+def test_clear_errors():
+    with pytest.raises(InputError, match="suite Mini has no task 'cats'; it has digits"):
+        Mini(["cats"])
+    with pytest.raises(InputError, match="not built yet"):
+        Mini(TASKS, recipe=SMALL).task_vectors()
+
+
+def test_images_are_drawn_once_and_do_not_depend_on_the_other_split():
+    suite = Mini(TASKS, recipe=SMALL)
+    assert suite.dataset("signs", "test") is suite.dataset("signs", "test")
+    images, labels = suite.dataset("signs", "test").batch(torch.arange(10))
+    assert images.shape == (10, 3, 32, 32)
+    assert labels.max() < len(suite.classes("signs"))

@@ -1,0 +1,86 @@
+"""Every command and every line of code in the README runs, on a suite that builds in seconds."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainers.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = {"train_per_task": 40, "test_per_task": 40, "base_images_per_task": 40, "base_steps": 2, "expert_steps": 2}
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder like a fresh clone, with two small data sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for task in ("mnist", "fashion_mnist"):
+        images, labels = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8), np.arange(30) % 3
+        arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+        np.savez(tmp_path / f"data/{task}.npz", classes=np.array(["a", "b", "c"]), **arrays)
+    return tmp_path
+
+
+def small(command: list[str]) -> list[str]:
+    """The command with few steps and, on Mini, a suite that is built in seconds."""
+    text = " ".join(command)
+    if "export" in command or "test" in command:
+        few = []
+    else:
+        few = ["--trainer.max_steps=4" if "--ckpt_path" in command else "--trainer.max_steps=2"]
+    if "finetune.yaml" in text or "local.yaml" in text:
+        return [*command, *few]
+    return [*command, *few, *(f"--model.init_args.suite.init_args.recipe.{k}={v}" for k, v in SMALL.items())]
+
+
+def shell(block: str) -> None:
+    for line in block.strip().splitlines():
+        if line.startswith("python train.py "):
+            main(small(shlex.split(line)[2:]))
+        elif line.startswith("make "):
+            subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, check=True, capture_output=True)
+        else:
+            subprocess.run(["bash", "-ec", line], check=True)
+
+
+def python(block: str, names: dict) -> None:
+    settings = ", ".join(f"{k}={v}" for k, v in SMALL.items())
+    block = block.replace("Mini()", f"Mini(recipe=Recipe({settings}))").replace("max_steps=100", "max_steps=2")
+    exec(compile("from adamerge.suites.mini import Recipe\n" + block, "README.md", "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_every_block_runs_in_order(folder):
+    names: dict = {}
+    kinds = []
+    for kind, block in BLOCKS:
+        kinds.append(kind)
+        if kind == "bash":
+            shell(block)
+        elif kind == "python":
+            python(block, names)
+        elif kind == "yaml":
+            Path("tasks.yaml").write_text(block)
+    assert {"bash", "python", "yaml"} <= set(kinds)
+    assert Path("runs/local/results.json").exists()
+    assert Path("merged.safetensors").exists()
+    assert names["top" if "top" in names else "weights"]
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"`((?:configs|benchmarks)/[\w./]+\.(?:yaml|md))`", README):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
