@@ -88,17 +88,18 @@ class MergedModel(nn.Module):
         weights, others = self.weights(), [p for p in others if p.requires_grad]
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         targets = [*leaves.values(), *others]
-        total: list[Tensor | None] = [None] * len(targets)
+        before = [p.grad for p in others]
+        for parameter in others:
+            parameter.grad = None
         values = []
         with self.holding(leaves):
             for loss in losses:
                 value = loss()
-                grads = torch.autograd.grad(value, targets, allow_unused=True)
-                total = [
-                    new if old is None else old if new is None else old.add_(new)
-                    for old, new in zip(total, grads, strict=True)
-                ]
+                value.backward(inputs=targets)  # adds up in place, tensor by tensor: one set of gradients at any time
                 values.append(value.detach())
+        total = [target.grad for target in targets]
+        for parameter, grad in zip(others, before, strict=True):
+            parameter.grad = grad
         return list(_HandOn.apply(total, len(values), *values, *weights.values(), *others))
 
     @torch.no_grad()
