@@ -1,6 +1,9 @@
 """Unlabelled objectives as pure functions of logits."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,7 +17,46 @@ def entropy(logits: Tensor, eps: float = 0.0) -> Tensor:
     Returns:
         [B] entropies in nats, between 0 and log C.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = logits.log_softmax(-1)
+    log_p = _float(logits).log_softmax(-1)
     p = log_p.exp()
     return -(p * (log_p if eps == 0 else (p + eps).log())).sum(-1)
+
+
+def marginal_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction of a batch, H(mean_b p_b), a scalar: low where all are put in one class."""
+    log_mean = _float(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
+
+
+def pseudo_label(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy against the teacher's most likely class, −log p_c with c = argmax q: [B, C] each -> [B]."""
+    return F.cross_entropy(_float(logits), teacher.argmax(-1), reduction="none")
+
+
+def worth_learning(logits: Tensor, teacher: Tensor) -> Tensor:
+    """[B] where a pseudo-label is kept (Tint++, arXiv:2412.19098): both agree, or the teacher is as sure or surer."""
+    p, own = _float(logits).softmax(-1).max(-1)
+    q, label = _float(teacher).softmax(-1).max(-1)
+    return (own == label) | (q >= p)
+
+
+def kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(q ‖ p) with q = softmax(teacher / T), p = softmax(logits / T): [B] in nats, not negative."""
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (_float(logits), _float(teacher)))
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def js(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Jensen-Shannon divergence ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q): [B] in nats, between 0 and log 2."""
+    log_p, log_q = _float(logits).log_softmax(-1), _float(teacher).log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1))
+
+
+def kept_mean(losses: Tensor, keep: Tensor) -> Tensor:
+    """[B] losses whose mean is the mean over those to `keep`, and 0, with a gradient of 0, where none is."""
+    return losses * keep.to(losses.dtype) * (len(losses) / keep.sum().clamp(min=1))
+
+
+def _float(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

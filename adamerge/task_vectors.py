@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import repeat
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adamerge import fingerprint
 from adamerge.checkpoints import meta, open_state
+from adamerge.deltas import AnyDeltas, Deltas
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 
@@ -29,7 +30,8 @@ class TaskVectors:
         tasks: the K task names, in the order of the first axis of every delta.
         base: the base state dict.
         deltas: [K, *shape] for every floating tensor of the base; float32 at least, so that half-precision experts keep
-            their small differences. Tensors that no expert changed are zeros that take no memory.
+            their small differences. Tensors that no expert changed are zeros that take no memory. A transform may have
+            put a compressed form (`adamerge.deltas.Deltas`) in the place of a parameter's.
         tied: names that share one tensor with another name, and that other name; they are merged once.
 
     Build it with `from_state_dicts` or `open`; both raise InputError for experts that do not fit the base.
@@ -38,13 +40,14 @@ class TaskVectors:
     def __init__(
         self,
         base: State,
-        deltas: State,
+        deltas: Mapping[str, AnyDeltas],
         tasks: tuple[str, ...],
         tied: Mapping[str, str] | None = None,
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         self.base, self.deltas, self.tasks, self.tied = base, deltas, tasks, dict(tied or {})
         self._fingerprints = fingerprints
+        self._origin: TaskVectors | None = None
 
     @classmethod
     def from_state_dicts(cls, base: State, experts: Mapping[str, State]) -> "TaskVectors":
@@ -66,6 +69,9 @@ class TaskVectors:
 
     def load(self) -> "TaskVectors":
         """Read base and deltas into memory, tensor by tensor; checks that they are finite and fingerprints them."""
+        if isinstance(self.deltas, _Changed):
+            base = {name: self.base[name].detach() for name in self.base}
+            return self._replaced(base, {name: _compact(self.deltas[name]) for name in self.deltas})
         if not isinstance(self.deltas, _Differences):
             return self
         source = self.deltas
@@ -82,6 +88,25 @@ class TaskVectors:
         loaded._warn_identical()
         return loaded
 
+    def changed(self, change: Callable[[str, AnyDeltas], AnyDeltas], base: State | None = None) -> "TaskVectors":
+        """Task vectors with `change(name, delta)` as deltas, for this base or another; these stay as they are.
+
+        Fingerprints remain those of the experts that went in. What is read from files when it is asked for stays so:
+        `change` is then called whenever a tensor is asked for.
+        """
+        base = self.base if base is None else base
+        if isinstance(self.deltas, _Differences | _Changed):
+            return self._replaced(base, _Changed(self.deltas, change))
+        return self._replaced(base, {name: _compact(change(name, delta)) for name, delta in self.deltas.items()})
+
+    def _replaced(self, base: State, deltas: Mapping[str, AnyDeltas]) -> "TaskVectors":
+        new = TaskVectors(base, deltas, self.tasks, self.tied, self._fingerprints)
+        if self._fingerprints is None:
+            lazy = isinstance(self.deltas, _Differences | _Changed)
+            # Files are hashed when somebody asks; deltas in memory at once, or they would have to be kept for it.
+            new._origin, new._fingerprints = (self, None) if lazy else (None, self.fingerprints)
+        return new
+
     @cached_property
     def rows(self) -> tuple[str, ...]:
         """The tensors that take a coefficient: parameters that at least one expert changed, in the base's order."""
@@ -92,7 +117,7 @@ class TaskVectors:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 over names, shapes and bytes of the base (`"base"`) and of each expert."""
         if self._fingerprints is None:
-            self._fingerprints = self._hash()
+            self._fingerprints = self._hash() if self._origin is None else self._origin.fingerprints
         return dict(self._fingerprints)
 
     def expert(self, task: str) -> dict[str, Tensor]:
@@ -167,6 +192,25 @@ class _Differences(Mapping[str, Tensor]):
         return len(self.names)
 
 
+class _Changed(Mapping[str, AnyDeltas]):
+    """Deltas changed when asked for."""
+
+    def __init__(self, source: Mapping[str, AnyDeltas], change: Callable[[str, AnyDeltas], AnyDeltas]) -> None:
+        self.source, self.change = source, change
+
+    def __getitem__(self, name: str) -> AnyDeltas:
+        return self.change(name, self.source[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 class _Digests:
     """Running fingerprints of several states at once; hashing leaves the interpreter lock, so threads help."""
 
@@ -194,9 +238,11 @@ def _finite(owner: str, name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _compact(delta: Tensor) -> Tensor:
+def _compact(delta: AnyDeltas) -> AnyDeltas:
     """Zeros that no expert changed need no memory of their own."""
-    return delta if bool(delta.any()) else delta.new_zeros(()).expand(delta.shape)
+    if isinstance(delta, Deltas) or bool(delta.any()):
+        return delta
+    return delta.new_zeros(()).expand(delta.shape)
 
 
 def _check(base: State, experts: Mapping[str, State]) -> dict[str, str]:

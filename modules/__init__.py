@@ -1,8 +1,45 @@
-"""Learned parts: coefficients, the merged model, heads and objectives."""
+"""Learned parts: coefficients, routers, corrections, heads; the merged model that they change; objectives."""
 
+from modules.blocks import Blocks
 from modules.coefficients import Coefficients
+from modules.corrections import Correction, Surgery, TaskBlock
 from modules.heads import Head, Heads
 from modules.merged import MergedModel
-from modules.objectives import Entropy, Objective
+from modules.objectives import (
+    Divergence,
+    Diversity,
+    Entropy,
+    Objective,
+    PseudoLabels,
+    RepresentationL1,
+    Sum,
+    Supervised,
+    TaskIdentity,
+)
+from modules.routers import BlockRouter, FeatureRouter, Router
+from modules.views import Pass, View
 
-__all__ = ["Coefficients", "Entropy", "Head", "Heads", "MergedModel", "Objective"]
+__all__ = [
+    "BlockRouter",
+    "Blocks",
+    "Coefficients",
+    "Correction",
+    "Divergence",
+    "Diversity",
+    "Entropy",
+    "FeatureRouter",
+    "Head",
+    "Heads",
+    "MergedModel",
+    "Objective",
+    "Pass",
+    "PseudoLabels",
+    "RepresentationL1",
+    "Router",
+    "Sum",
+    "Supervised",
+    "Surgery",
+    "TaskBlock",
+    "TaskIdentity",
+    "View",
+]

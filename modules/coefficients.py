@@ -44,11 +44,13 @@ class Coefficients(nn.Module):
         self.groups: tuple[str, ...] = ()
         self._fixed: Tensor | None = None
 
-    def bind(self, rows: Sequence[str], tasks: Sequence[str], dtype: torch.dtype = torch.float32) -> "Coefficients":
+    def bind(
+        self, rows: Sequence[str], tasks: Sequence[str], dtype: torch.dtype = torch.float32, may_be_empty: bool = False
+    ) -> "Coefficients":
         """Create the parameter for these tensors and tasks; called once, by the model that uses the coefficients."""
         if self.groups:
             raise InputError("these coefficients belong to another merged model already; build new ones")
-        if not rows:
+        if not rows and not may_be_empty:
             raise InputError("no tensor differs between base and experts: there is nothing to merge")
         self.rows, self.tasks = tuple(rows), tuple(tasks)
         group = {

@@ -1,6 +1,7 @@
 """A model whose weights are a merge, computed from the current coefficients whenever it is called."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,14 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from adamerge import InputError, TaskVectors
+from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
 from adamerge.ops import weighted_sum
 from adamerge.rules import Mean
+from modules.blocks import Blocks
 from modules.coefficients import Coefficients
+from modules.routers import Router
+from modules.routing import Routing
 
 Weights = dict[str, Tensor]
 
@@ -27,17 +32,26 @@ class MergedModel(nn.Module):
     ordinary training step costs, whatever K. Without gradients (evaluation), the merge is reused for as long as the
     coefficients keep their values; nothing has to be refreshed by hand.
 
-    The only parameters are the coefficients. Base and deltas move with `.to()` and are in no state dict. The wrapped
-    model is not changed; its copy here stays in eval mode (no dropout, running statistics of the experts' mean).
-    Tensors that no expert changed are the base's and get no coefficient.
+    The only parameters are the coefficients and the router's. Base and deltas move with `.to()` and are in no state
+    dict. The wrapped model is not changed; its copy here stays in eval mode (no dropout, running statistics of the
+    experts' mean). Tensors that no expert changed are the base's and get no coefficient.
 
     Args:
         model: the architecture; its own weights do not matter.
         task_vectors: base and experts by the names of `model.state_dict()`.
-        coefficients: unbound `Coefficients`; they are bound to the tensors that differ.
+        coefficients: unbound `Coefficients`; they are bound to the tensors that differ and are not routed.
+        router: an unbound router, whose layers take weights of their own for every sample; default: none.
+        features: the size of what the model gives, where the router needs it.
     """
 
-    def __init__(self, model: nn.Module, task_vectors: TaskVectors, coefficients: Coefficients) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Coefficients,
+        router: Router | None = None,
+        features: int = 0,
+    ) -> None:
         super().__init__()
         task_vectors = task_vectors.load()
         _check_names(model, task_vectors)
@@ -47,25 +61,74 @@ class MergedModel(nn.Module):
         place = {name: i for i, name in enumerate(model.state_dict())}
         rows = tuple(sorted(task_vectors.rows, key=place.__getitem__))
         dtype = task_vectors.deltas[rows[0]].dtype if rows else torch.float32
-        self.coefficients = coefficients.bind(rows, self.tasks, dtype)
-        # A plain object, so that parameters(), state_dict() and DDP's broadcasts see the coefficients alone.
+        # A plain object, so that parameters(), state_dict() and DDP's broadcasts see what is learned alone.
         self._frozen = _Frozen(model, task_vectors)
+        self.routing: Routing | None = None
+        if router is not None:
+            sites = router.find(self._frozen.model)
+            routed = {f"{layer}.{part}" for site in sites for layer in site.layers for part in ("weight", "bias")}
+            rows = tuple(name for name in rows if name not in routed)
+            router.bind(sites, self.tasks, features, dtype)
+            self.routing = Routing(self, self._frozen.model, sites, router)
+        self.coefficients, self.router = coefficients.bind(rows, self.tasks, dtype, router is not None), router
+        self._blocks: Blocks | None = None
+        #: Images per task of the batch that is computed, in its order.
+        self.segments: Mapping[str, int] = {}
         self._held: Weights | None = None
         self._cache: tuple[Tensor, Weights] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self._held if self._held is not None else self.weights()
-        return functional_call(self._frozen.model, weights, args, kwargs)
+        if self.routing is None or self.router is None or not self.router.global_:
+            return functional_call(self._frozen.model, weights, args, kwargs)
+        with self.holding(weights):
+            routing = self.router(self.shared(*args, **kwargs), "")
+        with self.routing.using(routing):
+            return functional_call(self._frozen.model, weights, args, kwargs)
+
+    def shared(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The features [B, D] of the shared expert: the model with all routing weights at zero."""
+        weights = self._held if self._held is not None else self.weights()
+        if self.routing is None:
+            raise InputError("a model without a router has no shared expert")
+        with self.routing.off():
+            features: Tensor = functional_call(self._frozen.model, weights, args, kwargs)
+        return features
+
+    @contextmanager
+    def of(self, segments: Mapping[str, int]) -> Iterator[None]:
+        """Within the block, a batch holds so many images of each task, one task after another.
+
+        What is done task by task (corrections of blocks, routing per batch) needs to know.
+        """
+        self.segments = segments
+        try:
+            yield
+        finally:
+            self.segments = {}
+
+    @property
+    def blocks(self) -> Blocks:
+        """The residual blocks, whose outputs can be corrected and recorded."""
+        if self._blocks is None:
+            this = weakref.proxy(self)  # hooks must not keep gigabytes alive in a cycle
+            self._blocks = Blocks(self._frozen.model, lambda: this.segments)
+        return self._blocks
+
+    def delta(self, name: str) -> AnyDeltas | None:
+        """The deltas of a tensor, [K, *shape]; none where no expert changed it."""
+        return self._frozen.deltas.get(name)
 
     def weights(self) -> Weights:
-        """The merged tensors by name, differentiable in the coefficients where gradients are on."""
-        if torch.is_grad_enabled():
+        """The merged tensors by name, differentiable in the coefficients where they learn and gradients are on."""
+        if torch.is_grad_enabled() and self.coefficients.raw.requires_grad:
             self._cache = None
             return self._merge()
-        values = self.coefficients().detach()
-        if self._cache is None or not torch.equal(self._cache[0], values):
-            self._cache = None  # freed before the new merge is made
-            self._cache = (values.clone(), self._merge())
+        with torch.no_grad():
+            values = self.coefficients()
+            if self._cache is None or not torch.equal(self._cache[0], values):
+                self._cache = None  # freed before the new merge is made
+                self._cache = (values.clone(), self._merge())
         return self._cache[1]
 
     @contextmanager
@@ -86,8 +149,8 @@ class MergedModel(nn.Module):
         are; a backward pass through a weighted sum would be wrong.
         """
         weights, others = self.weights(), [p for p in others if p.requires_grad]
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        targets = [*leaves.values(), *others]
+        leaves = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in weights.items()}
+        targets = [leaf for leaf in leaves.values() if leaf.requires_grad] + others
         before = [p.grad for p in others]
         for parameter in others:
             parameter.grad = None
@@ -100,11 +163,25 @@ class MergedModel(nn.Module):
         total = [target.grad for target in targets]
         for parameter, grad in zip(others, before, strict=True):
             parameter.grad = grad
-        return list(_HandOn.apply(total, len(values), *values, *weights.values(), *others))
+        merged = [weight for weight in weights.values() if weight.requires_grad]
+        return list(_HandOn.apply(total, len(values), *values, *merged, *others))
+
+    def stored_parameters(self) -> int:
+        """How many numbers the merged weights consist of; routed layers keep the deltas of all experts."""
+        layers = self.routing.layers if self.routing else frozenset()
+        routed = [d for name, d in self._frozen.deltas.items() if name.rpartition(".")[0] in layers]
+        return sum(p.numel() for p in self._frozen.model.parameters()) + sum(
+            d.nbytes // d.dtype.itemsize for d in routed
+        )
 
     @torch.no_grad()
     def merged_state_dict(self) -> Weights:
-        """The whole state dict of the merged model, by the base's names, in the base's dtypes."""
+        """The whole state dict of the merged model, by the base's names, in the base's dtypes.
+
+        Raises InputError for a model that routes: its weights differ from image to image.
+        """
+        if self.router is not None:
+            raise InputError("a model that routes has weights of its own for every image: there is no merge to export")
         weights, frozen = self._merge(), self._frozen
         state = {}
         for name, dtype in frozen.dtypes.items():
@@ -114,8 +191,9 @@ class MergedModel(nn.Module):
 
     def materialise(self) -> nn.Module:
         """A plain copy of the wrapped model with the merged weights: free of coefficients and task vectors."""
-        model = copy.deepcopy(self._frozen.model)
-        model.load_state_dict(self.merged_state_dict())
+        state = self.merged_state_dict()
+        model = copy.deepcopy(self._frozen.architecture)
+        model.load_state_dict(state)
         return model
 
     def _merge(self) -> Weights:
@@ -140,12 +218,17 @@ class _Frozen:
         owned = dict(model.state_dict(keep_vars=True))
         for name, value in task_vectors.base.items():
             if kind(name, value) == "statistics":
-                value = Mean().apply(name, value, task_vectors.deltas[name], task_vectors.tasks, 1.0).to(value.dtype)
+                deltas = dense(task_vectors.deltas[name])
+                value = Mean().apply(name, value, deltas, task_vectors.tasks, 1.0).to(value.dtype)
             if value.is_floating_point():  # half precision is for storage: sums of small deltas need float32
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
             as_parameter = isinstance(owned[name], nn.Parameter)
             memo.setdefault(id(owned[name]), nn.Parameter(value, requires_grad=False) if as_parameter else value)
         self.model = copy.deepcopy(model, memo).requires_grad_(False).eval()
+        #: The same tensors in modules that no router or correction ever changes.
+        self.architecture = copy.deepcopy(
+            self.model, {id(t): t for t in self.model.state_dict(keep_vars=True).values()}
+        )
         self._tensors = self.model.state_dict(keep_vars=True)
 
     def tensor(self, name: str) -> Tensor:
@@ -153,8 +236,9 @@ class _Frozen:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.model._apply(fn)
+        self.architecture._apply(fn)  # shares the parameters; buffers are its own
         self._tensors = self.model.state_dict(keep_vars=True)
-        self.deltas = {name: fn(delta) for name, delta in self.deltas.items()}
+        self.deltas = {name: mapped(fn, delta) for name, delta in self.deltas.items()}
 
 
 class _HandOn(torch.autograd.Function):

@@ -1,22 +1,33 @@
 """What adaptation minimises."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adamerge import objectives
+from adamerge import InputError, objectives
+from modules.views import View
 
 
 class Objective(nn.Module, ABC):
-    """A loss per image. `needs` declares the information it takes beyond the images; a run says so when it starts."""
+    """A loss per image, [B], from what a step knows of one task's images.
 
-    #: Any of "labels", "teacher", "task id", "train data".
-    needs: ClassVar[frozenset[str]] = frozenset({"task id"})
+    `needs` declares the information it takes beyond the images: any of "labels", "teacher", "task id". A run says so
+    when it starts, and refuses labels unless its configuration allows them.
+    """
+
+    needs: frozenset[str] = frozenset({"task id"})
+    #: Whether it looks at the outputs of the residual blocks.
+    blocks: bool = False
+    #: Whether it looks at nothing but the router's opinion of which task an image is of.
+    router_only: bool = False
 
     @abstractmethod
-    def forward(self, logits: Tensor) -> Tensor:
-        """[B, C] logits of one task -> [B] losses."""
+    def forward(self, view: View) -> Tensor:
+        """The losses of one task's images, [B]; a step minimises the sum over tasks of their means."""
 
 
 class Entropy(Objective):
@@ -24,11 +35,134 @@ class Entropy(Objective):
 
     Args:
         eps: added inside the logarithm; 1e-8 reproduces published runs, 0 is exact.
+        below: keep images alone whose entropy is below this fraction of log C; default: all.
     """
 
-    def __init__(self, eps: float = 0.0) -> None:
+    def __init__(self, eps: float = 0.0, below: float | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.below = eps, below
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return objectives.entropy(logits, self.eps)
+    def forward(self, view: View) -> Tensor:
+        losses = objectives.entropy(view.logits, self.eps)
+        if self.below is None:
+            return losses
+        return objectives.kept_mean(losses, losses.detach() < self.below * math.log(view.logits.shape[-1]))
+
+
+class Diversity(Objective):
+    """−H(mean_b p_b): minus the entropy of a batch's mean prediction, the same for each of its images.
+
+    Added to `Entropy` (by `Sum`), it stops a batch from being put into one class.
+    """
+
+    def forward(self, view: View) -> Tensor:
+        return -objectives.marginal_entropy(view.logits).expand(len(view.logits))
+
+
+class PseudoLabels(Objective):
+    """Cross-entropy against the expert's most likely class (Model Tinting, arXiv:2412.19098).
+
+    Args:
+        filter: Tint++: keep an image only if expert and merge agree, or if the expert is as sure or surer; a batch of
+            which nothing is kept counts as 0.
+    """
+
+    needs = frozenset({"task id", "teacher"})
+
+    def __init__(self, filter: bool = False) -> None:
+        super().__init__()
+        self.filter = filter
+
+    def forward(self, view: View) -> Tensor:
+        losses = objectives.pseudo_label(view.logits, view.teacher.logits)
+        if not self.filter:
+            return losses
+        return objectives.kept_mean(losses, objectives.worth_learning(view.logits.detach(), view.teacher.logits))
+
+
+class Divergence(Objective):
+    """Distance of the predictions to the expert's, KL(expert ‖ merge) or Jensen-Shannon (DivMerge, arXiv:2509.02108).
+
+    Args:
+        kind: `kl` or `js`.
+        temperature: of both, for `kl`; the loss is scaled by its square.
+    """
+
+    needs = frozenset({"task id", "teacher"})
+
+    def __init__(self, kind: Literal["kl", "js"] = "js", temperature: float = 1.0) -> None:
+        super().__init__()
+        if kind == "js" and temperature != 1:
+            raise InputError("temperature is for kind 'kl'")
+        self.kind, self.temperature = kind, temperature
+
+    def forward(self, view: View) -> Tensor:
+        if self.kind == "js":
+            return objectives.js(view.logits, view.teacher.logits)
+        return objectives.kl(view.logits, view.teacher.logits, self.temperature)
+
+
+class RepresentationL1(Objective):
+    """Mean absolute distance of the features to the expert's, (1/D) ‖ẑ − z_expert‖₁ (arXiv:2402.02705, eq. 4).
+
+    Args:
+        blocks: add the same distance between the token means after every residual block (version 2,
+            arXiv:2410.14389).
+    """
+
+    needs = frozenset({"task id", "teacher"})
+
+    def __init__(self, blocks: bool = False) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, view: View) -> Tensor:
+        distance = (view.features - view.teacher.features).abs().mean(-1)
+        if self.blocks:
+            for own, target in zip(view.blocks, view.teacher.blocks, strict=True):
+                distance = distance + (own - target).abs().mean(-1)
+        return distance
+
+
+class TaskIdentity(Objective):
+    """Cross-entropy of the router's task logits against the task that the images are known to be of.
+
+    It trains the router of Twin-Merging (arXiv:2406.15479), on training data as published (`train_split: train`) or on
+    the unlabelled stream.
+    """
+
+    router_only = True
+
+    def forward(self, view: View) -> Tensor:
+        logits = view.task_logits
+        return F.cross_entropy(logits, torch.full((len(logits),), view.number, device=logits.device), reduction="none")
+
+
+class Supervised(Objective):
+    """Cross-entropy against the labels: an upper bound to compare with."""
+
+    needs = frozenset({"task id", "labels"})
+
+    def forward(self, view: View) -> Tensor:
+        return F.cross_entropy(view.logits.float(), view.labels, reduction="none")
+
+
+class Sum(Objective):
+    """A weighted sum of objectives, such as entropy and diversity.
+
+    Args:
+        terms: the objectives.
+        weights: their weights; default: 1 each.
+    """
+
+    def __init__(self, terms: list[Objective], weights: list[float] | None = None) -> None:
+        super().__init__()
+        if not terms or (weights is not None and len(weights) != len(terms)):
+            raise InputError(f"Sum has {len(terms)} terms and {len(weights or [])} weights: give one weight per term")
+        self.terms, self.weights = nn.ModuleList(terms), list(weights or [1.0] * len(terms))
+        self.needs = frozenset[str]().union(*(term.needs for term in terms))
+        self.blocks = any(term.blocks for term in terms)
+
+    def forward(self, view: View) -> Tensor:
+        parts = [weight * term(view) for weight, term in zip(self.weights, self.terms, strict=True)]
+        return torch.stack(parts).sum(0)

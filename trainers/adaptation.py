@@ -1,9 +1,11 @@
 """The one LightningModule behind every adaptive method."""
 
-from collections.abc import Iterator, Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -15,11 +17,15 @@ from adamerge.checkpoints import load_torch
 from adamerge.export import export
 from adamerge.fingerprint import SHORT
 from adamerge.objectives import entropy
+from adamerge.rules import Transform, transform
 from adamerge.suites import Suite
-from modules import Coefficients, Entropy, Head, MergedModel, Objective
+from modules import Coefficients, Correction, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.finetune import fine_tune
+from trainers.phases import PARTS, ExpertOutputs, Known, Phase
 from trainers.scoring import ScoredModule
-from trainers.streams import Batch
+from trainers.streams import Batch, Stream
+
+log = logging.getLogger(__name__)
 
 #: The key of our own entry in a checkpoint.
 ENTRY = "adamerge"
@@ -28,18 +34,29 @@ ENTRY = "adamerge"
 class Adaptation(ScoredModule):
     """Test-time adaptation of a merge: frozen experts, a few learned numbers, no labels.
 
-    A step takes images of every task, sums the tasks' mean losses, min_λ Σ_t mean_x ℓ(head_t(f(x; θ₀ + Σₖ λₖ τₖ))),
-    and moves whatever takes a gradient: the coefficients, in plain AdaMerging (arXiv:2310.02575). A checkpoint holds
-    the learned tensors, their names and the fingerprints of base and experts; it loads against the same experts only.
+    A method is a choice on independent axes: how task vectors are prepared, what weights them (coefficients, a router),
+    what corrects the result, what is minimised, and which of these parts learn. A step takes images of every task, sums
+    the tasks' mean losses, min Σ_t mean_x ℓ(head_t(f(x; θ₀ + Σₖ λₖ τₖ))), and moves the parts that learn: the
+    coefficients, in plain AdaMerging (arXiv:2310.02575). A checkpoint holds the learned tensors, their names and the
+    fingerprints of base and experts; it loads against the same experts only.
 
     Args:
         suite: base, experts, heads and tasks. `Adaptation.load_from_checkpoint(path, suite=...)` takes another one,
             whose files have moved; the fingerprints must agree.
+        transforms: what is done to the task vectors first, in this order (TIES, SVD, pruning, another anchor, ...).
         coefficients: how finely the task vectors are weighted, and within which bounds.
-        objective: the loss per image, from the logits of its task.
+        router: weights that depend on the input, in some layers; default: none.
+        correction: what each task adds for itself; default: nothing.
+        objective: the loss per image.
+        learn: the parts that learn: any of coefficients, router, correction, heads; default: all but the heads.
+        phases: several objectives one after another, instead of `objective` and `learn`.
         optimizer: builds the optimiser from the learned parameters.
+        learning_rates: by part, where it is not the optimiser's.
         micro_batches: one forward and backward pass per task instead of one over all of them: the same gradient, and
             the activations of one task at a time in memory.
+        task_id: `given`: every image is scored by the head of its task; `inferred`: by that of the task which the
+            router finds, and a wrong task counts as a wrong answer.
+        allow_labels: let objectives see labels.
     """
 
     def __init__(
@@ -49,12 +66,29 @@ class Adaptation(ScoredModule):
         objective: Objective | None = None,
         optimizer: OptimizerCallable = partial(torch.optim.Adam, lr=1e-3),
         micro_batches: bool = False,
+        transforms: list[Transform] | None = None,
+        router: Router | None = None,
+        correction: Correction | None = None,
+        learn: list[str] | None = None,
+        phases: list[Phase] | None = None,
+        learning_rates: dict[str, float] | None = None,
+        task_id: Literal["given", "inferred"] = "given",
+        allow_labels: bool = False,
     ) -> None:
         super().__init__()
         self.suite, self.optimizer, self.micro_batches = suite, optimizer, micro_batches
         self.coefficients = coefficients or Coefficients()
-        self.objective = objective or Entropy()
+        self.router, self.correction, self.transforms = router, correction, list(transforms or ())
+        self.phases = phases or [Phase(objective or Entropy(), learn)]
+        self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
+        self.learning_rates, self.task_id, self.allow_labels = dict(learning_rates or {}), task_id, allow_labels
         self.model: MergedModel | None = None
+        self.known = Known()
+        self._phase: int | None = None
+        self._ends: list[int] | None = None
+        self._learned: dict[str, str] = {}
+        if phases and (objective or learn):
+            raise InputError("give objective and learn, or phases, not both")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -68,34 +102,143 @@ class Adaptation(ScoredModule):
         self._check()
         self.suite.prepare(fine_tune)
         self.suite.check()
-        self.model = MergedModel(self.suite.backbone(), self.suite.task_vectors(), self.coefficients)
-        for task in self.suite.tasks:
-            self.heads[task] = Head(self.suite.head(task))
-        self.score({task: self.suite.classes(task) for task in self.suite.tasks})
+        heads = {task: Head(self.suite.head(task)) for task in self.suite.tasks}
+        features = next(iter(heads.values())).weight.shape[1]
+        vectors = transform(self.suite.task_vectors(), self.transforms)
+        self.model = MergedModel(self.suite.backbone(), vectors, self.coefficients, self.router, features)
+        if self.correction is not None:
+            sample = self.suite.dataset(self.suite.tasks[0], "test")[0][0][None]
+            self.correction.bind(self.model, features, sample.to(self.model.coefficients.raw))
+        self.heads.update(heads)
+        # Not in the module tree: a teacher never changes, whatever its head's copy learns.
+        self._teachers = {task: Head(head.weights()) for task, head in heads.items()}
+        self.score({task: self.suite.classes(task) for task in self.suite.tasks}, others=self.task_id == "inferred")
+        self._choose(set().union(*(self._parts(phase) for phase in self.phases)))
+        learned = ((name, p) for name, p in self.named_parameters() if p.requires_grad and p.numel())
+        self._learned = {name: name.partition(".")[0] for name, _ in learned}
+        if not self._learned:
+            raise InputError(f"nothing learns: none of {self._parts(self.phases[0])} has a parameter")
 
     def _check(self) -> None:
         """What can be known before anything is read or made."""
         self.coefficients.check(self.suite.tasks)
-        if (
-            self._trainer is not None
-            and str(self.trainer.precision).endswith("-true")
-            and "16" in self.trainer.precision
-        ):
-            raise InputError(f"precision {self.trainer.precision} would round the coefficients away; use bf16-mixed")
+        precision = str(self.trainer.precision) if self._trainer is not None else ""
+        if precision.endswith("-true") and "16" in precision:
+            raise InputError(f"precision {precision} would round the coefficients away; use bf16-mixed")
+        for phase in self.phases:
+            self._parts(phase)
+            if "labels" in phase.objective.needs and not self.allow_labels:
+                raise InputError(f"{type(phase.objective).__name__} needs labels; set allow_labels to let it see them")
+        if self.task_id == "inferred" and not (self.router and self.router.global_):
+            raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
+        if odd := sorted(set(self.learning_rates) - set(PARTS)):
+            raise InputError(f"learning_rates has {odd[0]!r}; parts are {', '.join(PARTS)}")
+
+    def _parts(self, phase: Phase) -> list[str]:
+        """The parts that learn in a phase."""
+        there = [part for part in PARTS if part == "heads" or getattr(self, part) is not None]
+        if phase.learn is None:
+            return there[:-1]
+        for part in phase.learn:
+            if part not in there:
+                why = f"this run has no {part}" if part in PARTS else f"parts are {', '.join(PARTS)}"
+                raise InputError(f"{part!r} cannot learn: {why}")
+        return phase.learn
+
+    def _choose(self, parts: Iterator[str] | set[str] | list[str]) -> None:
+        """Let these parts take gradients, and no other."""
+        for part in PARTS:
+            if (module := getattr(self, part)) is not None:
+                cast(nn.Module, module).requires_grad_(part in parts)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer([parameter for _, parameter in self.learned()])
+        parameters = dict(self.named_parameters())
+        groups: dict[str, dict[str, Any]] = {}
+        for name, part in self._learned.items():
+            rate = {"lr": self.learning_rates[part]} if part in self.learning_rates else {}
+            groups.setdefault(part, {"params": [], **rate})["params"].append(parameters[name])
+        return self.optimizer(list(groups.values()))
 
     def learned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that adaptation moves, by name."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+        parameters = dict(self.named_parameters())
+        return ((name, parameters[name]) for name in self._learned)
+
+    def stored_parameters(self) -> int:
+        """How many numbers the adapted model consists of, without the heads that every method has."""
+        parts = [getattr(self, part) for part in ("router", "correction")]
+        return self.merged.stored_parameters() + sum(p.numel() for m in parts if m is not None for p in m.parameters())
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The information that the run takes beyond unlabelled images."""
+        return frozenset().union(*(phase.objective.needs for phase in self.phases))
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def ends(self) -> list[int]:
+        """The step at which each phase ends; a resumed run keeps those that it began with, whatever its length."""
+        if self._ends is None:
+            total, done, ends = self.trainer.max_steps, 0.0, []
+            for phase in self.phases:
+                done += phase.share
+                ends.append(round(done * total))
+            self._ends = ends
+        return [*self._ends[:-1], self.trainer.max_steps]
+
+    def without_images(self) -> list[range]:
+        """The steps in which known vectors take the place of images."""
+        starts = [0, *self.ends()[:-1]]
+        return [range(a, b) for a, b, p in zip(starts, self.ends(), self.phases, strict=True) if self._looks_up(p)]
+
+    def _looks_up(self, phase: Phase) -> str | None:
+        """Which vectors stay the same during a phase, such that its objective needs nothing else of the backbone."""
+        parts = self._parts(phase)
+        if phase.objective.router_only:
+            return "shared" if "coefficients" not in parts else None
+        inside = {"coefficients", "router"} | ({"correction"} if self.correction and self.correction.inside else set())
+        return "merged" if not inside.intersection(parts) and not phase.objective.blocks else None
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        number = next(n for n, end in enumerate(self.ends()) if self.trainer.global_step < end)
+        if number != self._phase:
+            self._phase = number
+            self._choose(self._parts(self.phases[number]))
+            self._look_ahead(self.phases[number], ([0, *self.ends()])[number], self.ends()[number])
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised at present."""
+        return self.phases[self._phase or 0].objective
+
+    def _look_ahead(self, phase: Phase, start: int, end: int) -> None:
+        """Compute, once per image, what does not change while the phase lasts."""
+        self.known, stream = Known(), self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(stream, Stream):
+            return
+        steps, per_step, same = stream.steps(), self.trainer.accumulate_grad_batches, self._looks_up(phase)
+
+        def keep(what: str, task: str, outputs: Callable[[Tensor], list[Tensor]]) -> None:
+            index = steps.all_indices(task, start, end, per_step)
+            with self.trainer.precision_plugin.forward_context():
+                self.known.fill(what, task, outputs, steps.datasets[task], index, stream.eval_batch_size, self.device)
+
+        if same is not None:
+            function = self.merged if same == "merged" else self.merged.shared
+            for task in self.suite.tasks:
+                keep(same, task, lambda images: [function(images)])
+        if "teacher" in phase.objective.needs:
+            experts = ExpertOutputs(self.suite.backbone(), phase.objective.blocks, self.device)
+            vectors = self.suite.task_vectors()
+            for task in self.suite.tasks:
+                experts.load(vectors.expert(task))
+                keep("expert", task, experts)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """Logits [B, C] of one task's images [B, 3, H, W]."""
-        features = self.merged(images)
-        return self.heads[task](features)
+        return self._view(task, {"images": images}, self._pass({task: {"images": images}})).logits
 
     @property
     def merged(self) -> MergedModel:
@@ -110,36 +253,75 @@ class Adaptation(ScoredModule):
         self.log("loss", loss.detach(), prog_bar=True)
         self.log_dict({f"loss/{task}": value.detach() for task, value in losses.items()})
         self.log_dict({f"entropy/{task}": value for task, value in entropies.items()})
-        return {"loss": loss, "losses": torch.stack([value.detach() for value in losses.values()])}
+        values = {task: value.detach() for task, value in losses.items()}
+        return {
+            "loss": loss,
+            "losses": torch.stack([values.get(t, loss.detach() * torch.nan) for t in self.suite.tasks]),
+        }
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each task's mean loss, whose plain sum takes the backward pass, and the mean entropy of its predictions."""
-        images = {task: part["images"] for task, part in batch.items()}
         entropies: dict[str, Tensor] = {}
 
-        def loss(task: str, features: Tensor) -> Tensor:
-            logits = self.heads[task](features)
-            entropies[task] = entropy(logits.detach()).mean()
-            return self.objective(logits).mean()
+        def loss(task: str, passed: Pass) -> Tensor:
+            view = self._view(task, batch[task], passed)
+            value = self.objective(view).mean()
+            if "logits" in vars(view):
+                entropies[task] = entropy(view.logits.detach()).mean()
+            return value
 
         if self.micro_batches:
-            parts = (partial(lambda task, x: loss(task, self.merged(x)), task, x) for task, x in images.items())
-            others = [p for p in self.parameters() if p is not self.coefficients.raw]
-            return dict(zip(images, self.merged.in_parts(parts, others), strict=True)), entropies
-        features = self.merged(torch.cat(list(images.values()))).split([len(x) for x in images.values()])
-        return {task: loss(task, z) for task, z in zip(images, features, strict=True)}, entropies
+            parts = (partial(lambda task: loss(task, self._pass({task: batch[task]})), task) for task in batch)
+            others = [p for _, p in self.learned() if p is not self.coefficients.raw]
+            return dict(zip(batch, self.merged.in_parts(parts, others), strict=True)), entropies
+        passed = self._pass(batch)
+        return {task: loss(task, passed) for task in batch}, entropies
+
+    def _pass(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Pass:
+        images = {task: part["images"] for task, part in batch.items()}
+        return Pass(self.merged, images, self.training and self.objective.blocks)
+
+    def _view(self, task: str, part: Mapping[str, Tensor], passed: Pass) -> View:
+        return View(task, part, passed, self.heads, self.correction, self.known, self._teachers)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        moved = {name: p.grad for name, p in self.learned() if p.grad is not None}
+        for part in {self._learned[n] for n, p in self.learned() if p.requires_grad} - {
+            self._learned[n] for n in moved
+        }:
+            raise InputError(
+                f"{part} cannot learn from {type(self.objective).__name__}, which does not depend on it; "
+                f"name the parts that do in learn: {self._parts(self.phases[self._phase or 0])} has one too many"
+            )
+        self.log("gradient_norm", torch.linalg.vector_norm(torch.cat([g.detach().flatten() for g in moved.values()])))
         values = self.coefficients().detach()
-        grads = [p.grad.detach().flatten() for _, p in self.learned() if p.grad is not None]
-        self.log_dict(
-            {
-                "gradient_norm": torch.linalg.vector_norm(torch.cat(grads)),
-                "coefficients/mean": values.mean(),
-                "coefficients/min": values.min(),
-                "coefficients/max": values.max(),
-            }
-        )
+        if values.numel():
+            stats = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+            self.log_dict({f"coefficients/{name}": value for name, value in stats.items()})
+
+    # -- tasks that are not known ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def identify(self, images: Tensor) -> Tensor:
+        """[B] positions of the tasks that the router takes the images to be of."""
+        some = self.suite.tasks[0]
+        view = self._view(some, {"images": images}, self._pass({some: {"images": images}}))
+        return view.task_logits.argmax(1)
+
+    def identified(self, images: Tensor, task: str) -> Tensor:
+        """[B] whether the router takes images of a task to be of that task."""
+        return self.identify(images) == self.suite.tasks.index(task)
+
+    def scored(self, images: Tensor, task: str) -> Tensor:
+        """As `forward`; where tasks are inferred, [B, C + 1], the last class for images taken to be of another task."""
+        return self(images, task) if self.task_id == "given" else self.inferred(images, task)
+
+    def inferred(self, images: Tensor, task: str) -> Tensor:
+        """[B, C + 1] logits of a task for images whose task the router has to find; the last is of any other task."""
+        own = self.identified(images, task)
+        logits = self(images, task)  # what is not taken to be of this task is wrong, whatever another head makes of it
+        other = torch.where(own, -torch.inf, torch.inf).to(logits.dtype)
+        return torch.cat([logits, other[:, None]], 1)
 
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
@@ -163,19 +345,23 @@ class Adaptation(ScoredModule):
             "tasks": list(self.merged.tasks),
             "rows": list(self.coefficients.groups),
             "fingerprints": self.merged.fingerprints,
+            "transforms": [settings(each) for each in self.transforms],
+            "phase_ends": self.ends(),
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         entry = checkpoint.get(ENTRY)
+        self._ends = (entry or {}).get("phase_ends")
         if entry is None:
             raise InputError("this checkpoint was not written by an adaptation run")
         _check_fingerprints(entry["fingerprints"], self.merged.fingerprints)
         for what, saved, own in (
             ("tasks", entry["tasks"], list(self.merged.tasks)),
             ("coefficient rows", entry["rows"], list(self.coefficients.groups)),
+            ("transforms", entry.get("transforms", []), [settings(each) for each in self.transforms]),
         ):
             if saved != own:
-                odd = sorted(set(saved) ^ set(own))[:3] or "their order"
+                odd = sorted(set(map(str, saved)) ^ set(map(str, own)))[:3] or "their order"
                 raise InputError(f"the checkpoint's {what} are not those of this run; they differ in {odd}")
 
     def restore(self, path: str | Path) -> "Adaptation":
@@ -190,15 +376,17 @@ class Adaptation(ScoredModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        start = self.coefficients.init if isinstance(self.coefficients.init, (float, int, list, str)) else "default"
         optimizer = self.configure_optimizers()
         plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (bool, int, float, tuple))}
+        phases = [{"objective": settings(p.objective), "learn": self._parts(p), "share": p.share} for p in self.phases]
         return {
-            "grain": self.coefficients.grain,
-            "bound": self.coefficients.bound,
-            "init": start,
-            "objective": type(self.objective).__name__,
-            "optimizer": {"name": type(optimizer).__name__, **plain},
+            "transforms": [settings(each) for each in self.transforms],
+            "coefficients": settings(self.coefficients),
+            "router": settings(self.router),
+            "correction": settings(self.correction),
+            "phases": phases,
+            "optimizer": {"name": type(optimizer).__name__, **plain, "by_part": self.learning_rates},
+            "task_id": self.task_id,
         }
 
     @classmethod
@@ -220,3 +408,13 @@ def _check_fingerprints(saved: Mapping[str, str], own: Mapping[str, str]) -> Non
             for name in odd
         )
         raise InputError(f"the checkpoint was learned on other models ({words}); give the suite it was made with")
+
+
+def settings(thing: object) -> dict[str, Any] | None:
+    """A class's name and the arguments it was made with, as far as they are plain values."""
+    if thing is None:
+        return None
+    given = {name: getattr(thing, name, None) for name in inspect.signature(type(thing)).parameters}
+    plain = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, list))}
+    parts = {n: [settings(part) for part in value] for n, value in given.items() if isinstance(value, nn.ModuleList)}
+    return {"name": type(thing).__name__, **plain, **parts}

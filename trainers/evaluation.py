@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric
 
 from adamerge import merge
 from adamerge.data import fetch, labels_of
@@ -32,24 +32,27 @@ Accuracy = dict[str, float]
 
 @torch.no_grad()
 def accuracy(
-    features: Callable[[Tensor], Tensor],
-    heads: Mapping[str, nn.Module],
+    logits: Callable[[Tensor, str], Tensor],
     datasets: Mapping[str, Dataset[Any]],
     batch_size: int = 250,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Accuracy:
-    """Top-1 accuracy of each task: its head on `features(images)`, over its whole data set."""
+    """Top-1 accuracy of each task, by `logits(images, task)`, over its whole data set.
+
+    The function gives logits [B, C], or says itself what it got right, as booleans [B]. With `shard` = (rank,
+    processes), every process takes its part and all get the result.
+    """
     scores = {}
     for task, dataset in datasets.items():
-        head = heads[task].to(device)
-        metric: MulticlassAccuracy | None = None
-        chunks = EvalChunks(dataset, batch_size)
+        metric = MeanMetric(sync_on_compute=shard[1] > 1).to(device)
+        chunks = EvalChunks(dataset, batch_size, shard)
         for images, labels in StepLoader(chunks, len(chunks), num_workers):
-            logits = head(features(images.to(device)))
-            metric = metric or MulticlassAccuracy(logits.shape[-1], average="micro", sync_on_compute=False).to(device)
-            metric.update(logits, labels.to(device))
-        assert metric is not None
+            if len(labels):  # the last chunk of a task may leave a process without images
+                out = logits(images.to(device), task)
+                hits = out if out.dtype == torch.bool else out.argmax(-1) == labels.to(device)
+                metric.update(hits.float())
         scores[task] = metric.compute().item()
     return scores
 
@@ -61,6 +64,7 @@ def reference_rows(
     device: torch.device | str = "cpu",
     fingerprints: Mapping[str, str] | None = None,
     num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> dict[str, Accuracy]:
     """Accuracy of the base, of each expert on its own task, of the mean and of task arithmetic.
 
@@ -77,10 +81,14 @@ def reference_rows(
     log.info("Scoring the base, the experts and static merges once for this suite (kept in %s)", cached.parent)
     task_vectors = suite.task_vectors()
     model = copy.deepcopy(suite.backbone()).eval().to(device)  # the suite may hand out the user's own
+    on_device = {task: head.to(device) for task, head in heads.items()}
+
+    def logits(images: Tensor, task: str) -> Tensor:
+        return on_device[task](model(images))
 
     def score(state: Mapping[str, Tensor], tasks: tuple[str, ...] = suite.tasks) -> Accuracy:
         model.load_state_dict(dict(state))
-        return accuracy(model, heads, {task: datasets[task] for task in tasks}, batch_size, device, num_workers)
+        return accuracy(logits, {task: datasets[task] for task in tasks}, batch_size, device, num_workers, shard)
 
     grid = sorted({*(n / 10 for n in range(1, 11)), 1 / len(suite.tasks)})
     arithmetic = {scale: score(merge(task_vectors, [TaskArithmetic()], scale)) for scale in grid}
@@ -92,7 +100,8 @@ def reference_rows(
         "task arithmetic 0.3": arithmetic[0.3],
         f"task arithmetic {best:.2g} ({ORACLE})": arithmetic[best],
     }
-    write_text(cached, json.dumps(rows))
+    if shard[0] == 0:
+        write_text(cached, json.dumps(rows))
     return rows
 
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from torch import Tensor
 from adamerge import write_coefficients
 from trainers import figures
 from trainers.adaptation import Adaptation
-from trainers.evaluation import accuracy, reference_rows
+from trainers.evaluation import Accuracy, accuracy, reference_rows
 from trainers.results import Results
 from trainers.streams import Stream
 
 log = logging.getLogger(__name__)
+
+Logits = Callable[[Tensor, str], Tensor]
 
 
 class Report(L.Callback):
@@ -38,24 +42,29 @@ class Report(L.Callback):
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
         self.snapshots: dict[int, Tensor] = {}
-        self.accuracies: dict[int, dict[str, float]] = {}
+        self.accuracies: dict[int, Accuracy] = {}
+        self.durations: list[float] = []
         self.seconds = 0.0
-        self._since = time.monotonic()
+        self._since = self._step_began = time.monotonic()
 
     # -- while the run goes on -----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.monotonic()
-        if isinstance(pl_module, Adaptation):
+        if isinstance(pl_module, Adaptation) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("%s", budget(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
+            if 0 not in self.accuracies:
+                self.accuracies[0] = self._score(trainer, pl_module, pl_module.scored)
             self._snapshot(trainer, pl_module)
-            count = sum(p.numel() for _, p in pl_module.learned())
-            needs = ", ".join(sorted(pl_module.objective.needs)) or "nothing"
-            log.info("Learns %d numbers; beyond images, %s needs: %s", count, type(pl_module.objective).__name__, needs)
+        self._since = time.monotonic()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._step_began = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         if not isinstance(pl_module, Adaptation):
             return
         self._tick()
+        self.durations.append(time.monotonic() - self._step_began)
         self.steps.append(trainer.global_step)
         self.losses.append(outputs["losses"])
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
@@ -74,48 +83,67 @@ class Report(L.Callback):
             "losses": losses,
             "snapshots": dict(self.snapshots),
             "accuracies": dict(self.accuracies),
+            "durations": list(self.durations),
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.losses = list(state_dict["steps"]), list(state_dict["losses"])
         self.snapshots, self.accuracies = dict(state_dict["snapshots"]), dict(state_dict["accuracies"])
-        self.seconds = state_dict["seconds"]
+        self.durations, self.seconds = list(state_dict.get("durations", [])), state_dict["seconds"]
 
     # -- at the end ----------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, Adaptation) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        results = self._results(trainer, pl_module)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
-            results = self._results(trainer, pl_module)
             results.write(folder)
-            write_coefficients(
-                pl_module.coefficients.table(pl_module.merged.fingerprints), folder / "coefficients.json"
-            )
+            if pl_module.coefficients.groups:
+                table = pl_module.coefficients.table(pl_module.merged.fingerprints)
+                write_coefficients(table, folder / "coefficients.json")
             if self.figures:
                 self._draw(pl_module, results, folder / "figures")
             results.show()
             Console().print(f"Results, coefficients and figures are in {folder}", soft_wrap=True)
         trainer.strategy.barrier("report")
 
+    def _score(self, trainer: L.Trainer, module: Adaptation, logits: Logits) -> Accuracy:
+        """Accuracy in evaluation mode, shared out among the processes."""
+        stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
+        shard = (trainer.global_rank, trainer.world_size)
+        module.eval()
+        with trainer.precision_plugin.forward_context():
+            datasets = stream.eval_tasks()
+            scores = accuracy(logits, datasets, stream.eval_batch_size, module.device, stream.num_workers, shard)
+        module.train()
+        return scores
+
     def _results(self, trainer: L.Trainer, module: Adaptation) -> Results:
         stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
-        datasets, size, device = stream.eval_tasks(), stream.eval_batch_size, module.device
-        rows = {}
+        rows: dict[str, Accuracy] = {}
         if self.references:
-            rows = reference_rows(module.suite, datasets, size, device, module.merged.fingerprints, stream.num_workers)
-        with trainer.precision_plugin.forward_context():
-            for name, values in (("this run, start", self.snapshots[min(self.snapshots)]), ("this run, adapted", None)):
-                with module.coefficients.at(values):
-                    heads = dict(module.heads.items())
-                    rows[name] = accuracy(module.merged, heads, datasets, size, device, stream.num_workers)
+            rows = reference_rows(
+                module.suite, stream.eval_tasks(), stream.eval_batch_size, module.device, module.merged.fingerprints,
+                stream.num_workers, (trainer.global_rank, trainer.world_size),
+            )  # fmt: skip
+        rows["this run, start"] = self.accuracies[0]
+        rows["this run, adapted"] = self._score(trainer, module, module.scored)
+        identified: dict[str, Any] = {}
+        if module.task_id == "inferred":
+            rows["this run, task given"] = self._score(trainer, module, module)
+            identified = {"task_identification": self._score(trainer, module, module.identified)}
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
             "learned_parameters": sum(p.numel() for _, p in module.learned()),
+            "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
+            "seconds_per_step": round(statistics.median(self.durations), 4),
+            **identified,
+            "information": sorted(information(module, stream)),
             "method": module.describe(),
             "suite_arguments": module.hparams.get("suite", {}).get("init_args", {}),
             "stream": stream.describe(),
@@ -134,14 +162,13 @@ class Report(L.Callback):
         tasks, groups = module.suite.tasks, module.coefficients.groups
         steps = sorted(self.snapshots)
         values = torch.stack([self.snapshots[step] for step in steps])
-        figures.coefficient_map(values[-1], groups, tasks, values[0], folder / "coefficients.png")
-        figures.coefficient_paths(steps, values, tasks, folder / "coefficients_over_steps.png")
+        if not torch.equal(values[0], values[-1]):  # coefficients that learn
+            figures.coefficient_map(values[-1], groups, tasks, values[0], folder / "coefficients.png")
+            figures.coefficient_paths(steps, values, tasks, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.losses])
         experts = results.rows.get("experts")
-        scored = {0: results.rows["this run, start"], **self.accuracies} if self.accuracies else {}
-        figures.progress(
-            self.steps, losses, type(module.objective).__name__, scored, experts, tasks, folder / "progress.png"
-        )
+        names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)
+        figures.progress(self.steps, losses, names, self.accuracies, experts, tasks, folder / "progress.png")
         figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:
@@ -150,3 +177,23 @@ class Report(L.Callback):
     def _tick(self) -> None:
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
+
+
+def information(module: Adaptation, stream: Stream) -> set[str]:
+    """What a run is told: the images, the task of each, and whatever its objectives and its stream add."""
+    return {"images", "task id", *module.needs} | ({"train data"} if stream.train_split == "train" else set())
+
+
+def budget(module: Adaptation, stream: Any) -> str:
+    """One sentence on what a run learns, and from what."""
+    counts: dict[str, int] = {}
+    for name, parameter in module.learned():
+        part = name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    parts = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
+    sees = information(module, stream) if isinstance(stream, Stream) else {"images", *module.needs}
+    words = {"teacher": "the experts' outputs", "task id": "the task of each image", "train data": "training data"}
+    told = ", ".join(words.get(what, what) for what in sorted(sees))
+    return f"Learns {sum(counts.values()):,} numbers ({parts}) from: {told}" + (
+        "" if "labels" in sees else "; no labels"
+    )

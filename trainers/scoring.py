@@ -23,16 +23,21 @@ class ScoredModule(L.LightningModule):
         self.heads = Heads()
         self.accuracy = nn.ModuleDict()
 
-    def score(self, classes: Mapping[str, Sequence[str]]) -> None:
-        """Set up one metric per task."""
+    def score(self, classes: Mapping[str, Sequence[str]], others: bool = False) -> None:
+        """Set up one metric per task; with `others`, for one more class than the task has (see `scored`)."""
         for task, names in classes.items():
-            self.accuracy[task] = MulticlassAccuracy(len(names), average="micro")
+            self.accuracy[task] = MulticlassAccuracy(len(names) + others, average="micro")
+
+    def scored(self, images: Tensor, task: str) -> Tensor:
+        """The logits that are scored, [B, C]; or [B, C + 1], where the last class stands for all other tasks."""
+        logits: Tensor = self(images, task)
+        return logits
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels = batch
         if len(images):  # the last chunk of a task may leave a process without images
             task, metric = list(self.accuracy.items())[dataloader_idx]
-            cast(MulticlassAccuracy, metric).update(self(images, task), labels)
+            cast(MulticlassAccuracy, metric).update(self.scored(images, task), labels)
 
     def on_validation_epoch_end(self) -> None:
         scores = {}

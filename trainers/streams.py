@@ -1,7 +1,7 @@
 """The test stream: batches of known tasks, each a pure function of (seed, step)."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -27,7 +27,10 @@ class Stream(L.LightningDataModule):
 
     Args:
         batch_size: images per task and step, over all processes.
-        split: the split to adapt on and to score.
+        split: the split to score, and to adapt on unless `train_split` says otherwise.
+        train_split: another split to adapt on, for objectives that are trained on training data.
+        tasks_per_step: how many tasks a step takes images of; all tasks come once, in an order drawn anew, before one
+            comes again. Default: all at every step.
         held_out: fraction of that split that is scored and never adapted on; 0 scores all of it.
         seed: of the order of images.
         eval_batch_size: images per forward pass in evaluation.
@@ -42,6 +45,8 @@ class Stream(L.LightningDataModule):
         seed: int = 0,
         eval_batch_size: int = 250,
         num_workers: int = 0,
+        train_split: Split | None = None,
+        tasks_per_step: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -50,6 +55,13 @@ class Stream(L.LightningDataModule):
             )
         if not 0 <= held_out < 1:
             raise InputError(f"held_out is a fraction in [0, 1), got {held_out}")
+        if held_out and train_split not in (None, split):
+            raise InputError(
+                f"adapting on the {train_split} split leaves the whole {split} split to score: drop held_out"
+            )
+        if tasks_per_step is not None and tasks_per_step < 1:
+            raise InputError(f"tasks_per_step must be positive, got {tasks_per_step}")
+        self.train_split, self.tasks_per_step = train_split or split, tasks_per_step
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
 
@@ -61,18 +73,27 @@ class Stream(L.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        return {"batch_size": self.batch_size, "split": self.split, "held_out": self.held_out, "seed": self.seed}
+        names = ("batch_size", "split", "train_split", "tasks_per_step", "held_out", "seed")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def eval_tasks(self) -> dict[str, Dataset[Any]]:
         """The images that are scored, by task."""
         return {task: dataset for task, (_, dataset) in self._parts().items()}
 
-    def train_dataloader(self) -> "StepLoader":
+    def steps(self) -> "StreamSteps":
+        """The batches of this process."""
         assert self.trainer is not None
         shard = (self.trainer.global_rank, self.trainer.world_size)
         datasets = {task: dataset for task, (dataset, _) in self._parts().items()}
-        steps = StreamSteps(datasets, self.batch_size, self.seed, shard)
-        return training_loader(self.trainer, steps, self.num_workers)
+        module = self.trainer.lightning_module
+        labels = bool(getattr(module, "allow_labels", False))
+        n = self.trainer.accumulate_grad_batches
+        known = [range(r.start * n, r.stop * n) for r in cast(Any, module).without_images()]
+        return StreamSteps(datasets, self.batch_size, self.seed, shard, labels, self.tasks_per_step, known)
+
+    def train_dataloader(self) -> "StepLoader":
+        assert self.trainer is not None
+        return training_loader(self.trainer, self.steps(), self.num_workers)
 
     def val_dataloader(self) -> list["StepLoader"]:
         assert self.trainer is not None
@@ -85,9 +106,11 @@ class Stream(L.LightningDataModule):
         parts: dict[str, tuple[Dataset[Any], Dataset[Any]]] = {}
         for task in self.suite.tasks:
             dataset = self.suite.dataset(task, self.split)
-            if not len(dataset):  # type: ignore[arg-type]
-                raise InputError(f"task {task!r} has no image in its {self.split} split")
-            parts[task] = (dataset, dataset)
+            adapted = dataset if self.train_split == self.split else self.suite.dataset(task, self.train_split)
+            for split, images in ((self.split, dataset), (self.train_split, adapted)):
+                if not len(images):  # type: ignore[arg-type]
+                    raise InputError(f"task {task!r} has no image in its {split} split")
+            parts[task] = (adapted, dataset)
             if self.held_out:
                 adapt, held = split_held_out(len(dataset), self.held_out, self.seed)  # type: ignore[arg-type]
                 parts[task] = (Part(dataset, adapt), Part(dataset, held))
@@ -120,7 +143,7 @@ class StreamSteps(Dataset[Batch]):
     """Item `step` is that step's batch: `{task: {"images": [b, 3, H, W], "index": [b]}}`, and "labels" if asked for.
 
     Every task runs through its images in one shuffled order after another; the order of an epoch is drawn from (seed,
-    task, epoch). Of each batch, a process takes every `world`-th image.
+    task, epoch). Of each batch, a process takes every `world`-th image. In the steps `known`, images are left out.
     """
 
     def __init__(
@@ -130,23 +153,52 @@ class StreamSteps(Dataset[Batch]):
         seed: int,
         shard: tuple[int, int] = (0, 1),
         labels: bool = False,
+        tasks_per_step: int | None = None,
+        known: Sequence[range] = (),
     ) -> None:
         self.datasets, self.batch_size, self.seed, self.shard, self.labels = datasets, batch_size, seed, shard, labels
+        self.tasks_per_step, self.known = min(tasks_per_step or len(datasets), len(datasets)), known
         self._orders: dict[str, tuple[int, Tensor]] = {}
 
     def __getitem__(self, step: int) -> Batch:
         batch = {}
-        for task, dataset in self.datasets.items():
-            index = self.indices(task, step)
-            images, labels = fetch(dataset, index)
-            batch[task] = {"images": images, "index": index} | ({"labels": labels} if self.labels else {})
+        for task, turn in self.turns(step).items():
+            dataset, index = self.datasets[task], self.indices(task, turn)
+            batch[task] = {"index": index}
+            if self.labels:
+                batch[task]["labels"] = labels_of(dataset)[index]
+            if any(step in steps for steps in self.known):
+                batch[task]["images"] = torch.empty(len(index), 0)
+            else:
+                batch[task]["images"] = fetch(dataset, index)[0]
         return batch
 
-    def indices(self, task: str, step: int) -> Tensor:
-        """Positions of this process's images of one task at one step."""
+    def turns(self, step: int) -> dict[str, int]:
+        """The tasks of one step, in the order of the suite, and how many batches each has had before."""
+        tasks, size = list(self.datasets), self.tasks_per_step
+        if size == len(tasks):
+            return dict.fromkeys(tasks, step)
+        places = range(step * size, (step + 1) * size)
+        drawn = [(place // len(tasks), self._turn(place // len(tasks))[place % len(tasks)]) for place in places]
+        found = {
+            tasks[number]: turn for turn, number in drawn
+        }  # a task may come twice where rounds meet: once is enough
+        return {task: found[task] for task in tasks if task in found}
+
+    def _turn(self, number: int) -> list[int]:
+        return torch.randperm(len(self.datasets), generator=generator(self.seed, "tasks", number)).tolist()
+
+    def all_indices(self, task: str, start: int, end: int, per_step: int = 1) -> Tensor:
+        """Positions of all the images of one task in the optimiser steps from `start` to `end`, sorted."""
+        turns = (self.turns(step).get(task) for step in range(start * per_step, end * per_step))
+        seen = [self.indices(task, turn) for turn in turns if turn is not None]
+        return torch.cat(seen).unique() if seen else torch.empty(0, dtype=torch.int64)
+
+    def indices(self, task: str, turn: int) -> Tensor:
+        """Positions of this process's images of one task in its batch number `turn`."""
         rank, world = self.shard
         count = len(self.datasets[task])  # type: ignore[arg-type]
-        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[rank::world]
+        places = torch.arange(turn * self.batch_size, (turn + 1) * self.batch_size)[rank::world]
         return torch.stack([self._order(task, int(p) // count)[int(p) % count] for p in places])
 
     def _order(self, task: str, epoch: int) -> Tensor:

@@ -1,6 +1,23 @@
-"""Merging rules: one small typed class each."""
+"""Merging rules and transforms of task vectors: one small typed class each."""
 
-from adamerge.rules.base import Rule
+from adamerge.rules.anchor import Rebase
+from adamerge.rules.base import PerTensor, Rule, Transform, transform
 from adamerge.rules.linear import LearnedCoefficients, Mean, TaskArithmetic
+from adamerge.rules.prune import Prune
+from adamerge.rules.spectral import TruncatedSVD
+from adamerge.rules.ties import ElectSign, Trim
 
-__all__ = ["LearnedCoefficients", "Mean", "Rule", "TaskArithmetic"]
+__all__ = [
+    "ElectSign",
+    "LearnedCoefficients",
+    "Mean",
+    "PerTensor",
+    "Prune",
+    "Rebase",
+    "Rule",
+    "TaskArithmetic",
+    "Transform",
+    "Trim",
+    "TruncatedSVD",
+    "transform",
+]

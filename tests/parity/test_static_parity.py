@@ -1,10 +1,10 @@
-"""Averages and task arithmetic against the numbers of a reference implementation: no difference at all in float64."""
+"""Averages, task arithmetic and TIES against a reference implementation: no difference at all in float64."""
 
 import pytest
 import torch
 
 from adamerge import TaskVectors, merge
-from adamerge.rules import Mean, TaskArithmetic
+from adamerge.rules import ElectSign, Mean, TaskArithmetic, Trim
 
 
 @pytest.fixture
@@ -15,11 +15,17 @@ def task_vectors(shared) -> TaskVectors:
 
 
 @pytest.mark.parametrize(
-    ("file", "rule", "scale"), [("simple_average", Mean(), 1.0), ("task_arithmetic", TaskArithmetic(), 0.3)]
+    ("file", "rules", "scale"),
+    [
+        ("simple_average", [Mean()], 1.0),
+        ("task_arithmetic", [TaskArithmetic()], 0.3),
+        ("ties_sum_20", [Trim(0.2), ElectSign("sum")], 0.3),
+        ("ties_mean_20", [Trim(0.2), ElectSign("mean")], 0.3),
+    ],
 )
-def test_elementwise_merges(shared, task_vectors, file, rule, scale):
+def test_elementwise_merges(shared, task_vectors, file, rules, scale):
     expected = torch.load(shared / f"parity/{file}.pt", weights_only=True)["fp64"]["merged"]
-    merged = merge(task_vectors, rules=[rule], scale=scale)
+    merged = merge(task_vectors, rules=rules, scale=scale)
     assert set(merged) == set(expected)
     for name, value in merged.items():
         assert value.dtype == torch.float64

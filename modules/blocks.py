@@ -1,0 +1,58 @@
+"""The residual blocks of a model: their outputs, task by task, can be corrected and recorded."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules import structure
+
+#: (output [B, ..., D] of a block for one task, name of the block, task) -> corrected output.
+Correct = Callable[[Tensor, str, str], Tensor]
+
+
+class Blocks:
+    """Hooks on every residual block of a model (see `structure.blocks`).
+
+    A block gives [B, N, D] tokens, [B, C, H, W] maps or [B, D] vectors, alone or as the first of a tuple. `segments`
+    says how many images of each task the batch holds, one task after another.
+    """
+
+    def __init__(self, model: nn.Module, segments: Callable[[], Mapping[str, int]] = dict) -> None:
+        self.modules, self.segments = structure.blocks(model), segments
+        self.correct: Correct | None = None
+        self._record: dict[str, Tensor] | None = None
+        for name, module in self.modules.items():
+            module.register_forward_hook(partial(self._hook, name))
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Collects the token means [B, D] of every block's output, by its name."""
+        record: dict[str, Tensor] = {}
+        self._record = record
+        try:
+            yield record
+        finally:
+            self._record = None
+
+    def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x: Tensor = output[0] if isinstance(output, tuple) else output
+        if self.correct is not None:
+            x = per_task(x, self.segments(), lambda part, task: self.correct(part, name, task))  # type: ignore[misc]
+        if self._record is not None:
+            self._record[name] = token_mean(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def per_task(x: Tensor, segments: Mapping[str, int], function: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """Apply a function of (images of one task, task) to a batch that holds several tasks one after another."""
+    parts = x.split(list(segments.values()))
+    return torch.cat([function(part, task) for part, task in zip(parts, segments, strict=True)])
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """[B, N, D] or [B, C, H, W] -> mean over tokens or places, [B, D]; [B, D] stays."""
+    return x.flatten(2).mean(2) if x.ndim == 4 else x.flatten(1, -2).mean(1) if x.ndim > 2 else x

@@ -1,0 +1,168 @@
+"""Routers: weights of the experts that depend on the input."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adamerge import InputError
+from modules import structure
+from modules.structure import Site
+
+
+class Router(nn.Module, ABC):
+    """Gives each sample its own weights of the experts, w [B, K], in some layers of the model.
+
+    Args:
+        scope: the layers: `mlp` (every MLP, found by structure), `linear` (every linear layer), or a regular expression
+            for whole names of modules whose linear layers share their weights. What is outside is merged statically.
+    """
+
+    #: Whether weights follow from the features of the model without routing, in a pass of their own.
+    global_: bool = False
+
+    def __init__(self, scope: str = "mlp") -> None:
+        super().__init__()
+        self.scope = scope
+        self.tasks: tuple[str, ...] = ()
+        self.sites: tuple[str, ...] = ()
+
+    def find(self, model: nn.Module) -> list[Site]:
+        """The sites of a model that this router serves. Raises InputError where there are none."""
+        if self.scope == "mlp":
+            return structure.mlps(model)
+        if self.scope == "linear":
+            layers = structure.linears(model)
+            return [Site(name, (name,), structure.sizes(layer)[0]) for name, layer in layers.items()]
+        return structure.matching(model, self.scope)
+
+    def bind(self, sites: Sequence[Site], tasks: Sequence[str], features: int, dtype: torch.dtype) -> "Router":
+        """Create the parameters; called once, by the model that routes. `features` is the size of its output."""
+        if self.sites:
+            raise InputError("this router belongs to another merged model already; build a new one")
+        self.sites, self.tasks = tuple(site.name for site in sites), tuple(tasks)
+        self._build(sites, features)
+        self.to(torch.promote_types(torch.float32, dtype))
+        return self
+
+    @abstractmethod
+    def _build(self, sites: Sequence[Site], features: int) -> None: ...
+
+    @abstractmethod
+    def forward(self, x: Tensor, site: str) -> Tensor:
+        """[B, ..., D] inputs of a site (or features, if `global_`) -> [B, K] weights."""
+
+
+class BlockRouter(Router):
+    """Weight-ensembling mixture of experts (WEMoE, arXiv:2402.00433; E-WEMoE, arXiv:2410.21804, with `shared`).
+
+    Every MLP has a small gate on its own input h [B, N, D]: w = meanₙ(W₂ relu(W₁ hₙ + b₁) + b₂), [B, K], and computes
+    with θ₀ + Σₖ wₖ τₖ, sample by sample. Nothing bounds w. Weights begin at N(0, 0.01²) and b₂ at `init`, near task
+    arithmetic. Depth 1 has one linear layer, depth 0 a constant per MLP, which is plain coefficients.
+
+    Args:
+        depth: linear layers of a gate: 0, 1 or 2.
+        shared: one gate for all sites (they must have the same width).
+        init: the weights at the start.
+        per: `batch` averages w over the images of a task while training, as published code does: one merge per task and
+            step. Evaluation always routes sample by sample, so that no prediction depends on its batch.
+        pool: average the tokens `after` the gate, as published, or `before` it.
+        scope: see Router.
+    """
+
+    def __init__(
+        self,
+        depth: Literal[0, 1, 2] = 2,
+        shared: bool = False,
+        init: float = 0.3,
+        per: Literal["sample", "batch"] = "sample",
+        pool: Literal["after", "before"] = "after",
+        scope: str = "mlp",
+    ) -> None:
+        super().__init__(scope)
+        self.depth, self.shared, self.init, self.per, self.pool = depth, shared, init, per, pool
+        self.gates = nn.ModuleList()
+
+    def _build(self, sites: Sequence[Site], features: int) -> None:
+        widths = [site.width for site in sites]
+        if self.shared and len(set(widths)) > 1:
+            raise InputError(f"one shared gate needs sites of one width; these have {sorted(set(widths))}")
+        for width in widths[:1] if self.shared else widths:
+            self.gates.append(_gate(self.depth, width, len(self.tasks), self.init))
+        self._gate_of = {site: 0 if self.shared else number for number, site in enumerate(self.sites)}
+
+    def forward(self, x: Tensor, site: str) -> Tensor:
+        gate = self.gates[self._gate_of[site]]
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.to(next(gate.parameters()).dtype).reshape(len(x), -1, x.shape[-1])
+            w: Tensor = gate(tokens.mean(1)) if self.pool == "before" else gate(tokens).mean(1)
+        return w
+
+
+class FeatureRouter(Router):
+    """Twin-Merging's router (arXiv:2406.15479): a classifier of the task from the features of the shared expert.
+
+    w = softmax(MLP(z*)), with z* the features of the model without routing. Its logits say which task an image belongs
+    to, so that nothing has to be known about it. The MLP is D → 2D → … → K with LayerNorm, LeakyReLU and dropout; the
+    published one has BatchNorm, which would let a batch of one task betray that task.
+
+    Args:
+        layers: hidden layers, each of width 2D.
+        dropout: probability while training.
+        hard: evaluate with the most likely expert alone.
+        scope: see Router.
+    """
+
+    global_ = True
+
+    def __init__(self, layers: int = 2, dropout: float = 0.5, hard: bool = False, scope: str = "linear") -> None:
+        super().__init__(scope)
+        self.layers, self.dropout, self.hard = layers, dropout, hard
+        self.classifier = nn.Sequential()
+
+    def _build(self, sites: Sequence[Site], features: int) -> None:
+        width = features
+        self.classifier.append(nn.LayerNorm(features))  # features of different backbones differ in size by far
+        for _ in range(self.layers):
+            self.classifier.append(nn.Linear(width, 2 * features)).append(nn.LayerNorm(2 * features))
+            self.classifier.append(nn.LeakyReLU()).append(nn.Dropout(self.dropout))
+            width = 2 * features
+        self.classifier.append(nn.Linear(width, len(self.tasks)))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, D] features -> [B, K] logits of the task."""
+        with torch.autocast(features.device.type, enabled=False):
+            z: Tensor = self.classifier(features.to(next(self.classifier.parameters()).dtype))
+        return z
+
+    def forward(self, x: Tensor, site: str = "") -> Tensor:
+        logits = self.logits(x)
+        if self.hard and not self.training:
+            return nn.functional.one_hot(logits.argmax(1), len(self.tasks)).to(logits)
+        return logits.softmax(1)
+
+
+class _Constant(nn.Module):
+    """The gate of depth 0: b for every sample."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+def _gate(depth: int, width: int, experts: int, init: float) -> nn.Module:
+    if depth == 0:
+        last: nn.Module = _Constant(experts)
+        gate = last
+    else:
+        last = nn.Linear(width, experts)
+        gate = last if depth == 1 else nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+    for name, parameter in gate.named_parameters():
+        nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.01)
+    nn.init.constant_(last.get_parameter("bias"), init)
+    return gate
