@@ -1,12 +1,14 @@
 """Cost of one adaptation step against an ordinary training step: `python -m benchmarks.adaptation_step`.
 
 Same backbone (CLIP's vision tower, random weights), same images, same precision, alternating in one process, so that
-the ratio does not depend on what else the machine does. Peak memory is measured in processes of their own.
+the ratio does not depend on what else the machine does. Peak memory is measured in processes of their own; the C
+library's own settings (`MALLOC_MMAP_THRESHOLD_=262144`, say) hold for times and memory alike, and are printed.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -76,16 +78,18 @@ class Bench:
 
         return step
 
-    def adaptation_step(self, model: MergedModel, micro_batches: bool) -> Callable[[], None]:
-        """The same on the merge, down to the coefficients' gradient and their update."""
+    def adaptation_step(self, model: MergedModel, micro_batch: int) -> Callable[[], None]:
+        """The same on the merge, down to the coefficients' gradient and their update; 0: one forward pass for all."""
+        per_task = self.images.shape[1]
+        parts = self.images.flatten(0, 1).split(micro_batch) if micro_batch else ()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
         def step() -> None:
             optimizer.zero_grad()
-            if micro_batches:
-                losses = model.in_parts([lambda x=x: self.loss(model(x)) for x in self.images])
+            if parts:
+                losses = model.in_parts([lambda x=x: self.loss(model(x)) * (len(x) / per_task) for x in parts])
             else:
-                features = model(self.images.flatten(0, 1)).split(self.images.shape[1])
+                features = model(self.images.flatten(0, 1)).split(per_task)
                 losses = [self.loss(z) for z in features]
             torch.stack(losses).sum().backward()
             optimizer.step()
@@ -104,13 +108,13 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def ratios(bench: Bench, device: str, repeats: int) -> dict[str, float]:
+def ratios(bench: Bench, device: str, repeats: int, micro_batch: int) -> dict[str, float]:
     """Median seconds of the three kinds of step, alternating."""
     model = bench.merged()
     steps = {
         "training step": bench.training_step(),
-        "adaptation step": bench.adaptation_step(model, micro_batches=False),
-        "adaptation step, micro-batches": bench.adaptation_step(model, micro_batches=True),
+        "adaptation step": bench.adaptation_step(model, micro_batch=0),
+        "adaptation step, micro-batches": bench.adaptation_step(model, micro_batch),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
@@ -122,19 +126,27 @@ def ratios(bench: Bench, device: str, repeats: int) -> dict[str, float]:
 
 
 def peak_memory(
-    size: str, experts: int, per_task: int, device: str, kind: str, queue: "multiprocessing.Queue[float]"
+    size: str, experts: int, per_task: int, device: str, micro_batch: int, queue: "multiprocessing.Queue[list[float]]"
 ) -> None:
-    """Peak of two steps in gigabytes (resident set on the CPU, allocator on a GPU)."""
+    """Gigabytes (resident set on the CPU, allocator on a GPU): the peak of two steps, and what the libraries take.
+
+    `micro_batch` is -1 for the training step.
+    """
+
+    def peak() -> float:
+        return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
+
+    libraries = peak()
     bench = Bench(size, experts, per_task, device)
-    if kind == "training step":
+    if micro_batch < 0:
         step = bench.training_step()
     else:
         model = bench.merged()
         bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
-        step = bench.adaptation_step(model, micro_batches="micro" in kind)
+        step = bench.adaptation_step(model, micro_batch)
     for _ in range(2):
         step()
-    queue.put((torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9)
+    queue.put([peak(), libraries])
 
 
 def peak_resident() -> int:
@@ -149,30 +161,39 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="ViT-B/32")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images", type=int, default=16, help="per task")
+    parser.add_argument("--micro-batch", type=int, help="images per micro-batch; default: a task's images")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    micro_batch = args.micro_batch or args.images
 
-    times = ratios(Bench(args.size, args.experts, args.images, args.device), args.device, args.repeats)
-    table = Table(title=f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32")
-    for name in ("", "seconds", "ratio", "peak memory"):
+    times = ratios(Bench(args.size, args.experts, args.images, args.device), args.device, args.repeats, micro_batch)
+    kinds = dict(zip(times, (-1, 0, micro_batch), strict=True))
+    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32"
+    table = Table(title=title, caption=" ".join(f"{name}={value}" for name, value in malloc.items()))
+    for name in ("", "seconds", "ratio", "peak memory", "of it, libraries"):
         table.add_column(name, justify="right" if name else "left")
     context, peaks = multiprocessing.get_context("spawn"), {}
     for name, value in times.items():
-        queue: multiprocessing.Queue[float] = context.Queue()
+        queue: multiprocessing.Queue[list[float]] = context.Queue()
         worker = context.Process(
-            target=peak_memory, args=(args.size, args.experts, args.images, args.device, name, queue)
+            target=peak_memory, args=(args.size, args.experts, args.images, args.device, kinds[name], queue)
         )
         worker.start()
-        peaks[name] = queue.get()
+        peaks[name], libraries = queue.get()
         worker.join()
-        table.add_row(name, f"{value:.2f}", f"{value / times['training step']:.3f}", f"{peaks[name]:.2f} GB")
+        shown = name.replace("micro-batches", f"micro-batches of {micro_batch}")
+        memory = (f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB")
+        table.add_row(shown, f"{value:.2f}", f"{value / times['training step']:.3f}", *memory)
     console = Console()
     console.print(table)
     machine = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
+        "micro_batch": micro_batch,
+        **malloc,
     }
     console.print(json.dumps({"seconds": times, "peak_gb": peaks, **machine}), soft_wrap=True)
 
