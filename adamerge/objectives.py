@@ -28,9 +28,14 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     return -(log_mean.exp() * log_mean).sum()
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log p_c with c the label: [B, C] and [B] -> [B]."""
+    return F.cross_entropy(_float(logits), labels, reduction="none")
+
+
 def pseudo_label(logits: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy against the teacher's most likely class, −log p_c with c = argmax q: [B, C] each -> [B]."""
-    return F.cross_entropy(_float(logits), teacher.argmax(-1), reduction="none")
+    return cross_entropy(logits, teacher.argmax(-1))
 
 
 def worth_learning(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ def js(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def kept_mean(losses: Tensor, keep: Tensor) -> Tensor:
     """[B] losses whose mean is the mean over those to `keep`, and 0, with a gradient of 0, where none is."""
-    return losses * keep.to(losses.dtype) * (len(losses) / keep.sum().clamp(min=1))
+    return torch.where(keep, losses, 0) * (len(losses) / keep.sum().clamp(min=1))
 
 
 def _float(logits: Tensor) -> Tensor:

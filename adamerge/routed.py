@@ -30,18 +30,19 @@ def routed_linear(
     Args:
         x: [G, M, I], the M rows (samples × tokens) of every group.
         routing: w, [G, K].
-        weight: W₀ [O, I] and its deltas [K, O, I]; no deltas where no expert changed it.
+        weight: W₀ [O, I] and its deltas [K, O, I], or of any shape [K, O, ...] with as many elements; no deltas where
+            no expert changed it.
         bias: b₀ [O] and its deltas [K, O].
         transposed: W₀ and its deltas are [I, O] and [K, I, O].
 
     Returns:
         [G, M, O].
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as for torch's own layers
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         routing = routing.to(weight[0].dtype)
-        rows = None if bias is None else _rows(routing, *bias).to(x.dtype)
+        rows = None if bias is None else routed_rows(routing, *bias).to(x.dtype)
         matrix, deltas = weight
         if deltas is None or isinstance(deltas, LowRank):
             y = F.linear(x, (matrix.T if transposed else matrix).to(x.dtype))
@@ -51,8 +52,8 @@ def routed_linear(
         return y if rows is None else y + rows.unsqueeze(1)
 
 
-def _rows(routing: Tensor, bias: Tensor, deltas: AnyDeltas | None) -> Tensor:
-    """[G, O] biases, one per group."""
+def routed_rows(routing: Tensor, bias: Tensor, deltas: AnyDeltas | None) -> Tensor:
+    """[G, O] vectors b₀ + Σₖ w_gk τₖ, one per group."""
     return bias.expand(len(routing), -1) if deltas is None else ops.weighted_sum(routing, bias, deltas)
 
 
@@ -86,14 +87,15 @@ class _RoutedLinear(torch.autograd.Function):
                 grads_x.append(torch.bmm(grad[part], _compose(routing[part], ctx.frozen, x.dtype)))
             if ctx.needs_input_grad[1]:
                 outer = torch.bmm(x[part].mT, grad[part]) if transposed else torch.bmm(grad[part].mT, x[part])
-                grads_routing.append(ops.inner(outer.to(weight.dtype), deltas))
+                outer = outer.to(weight.dtype).reshape(len(outer), *deltas.shape[1:])
+                grads_routing.append(ops.inner(outer, deltas))
         return _cat(grads_x), _cat(grads_routing), None, None, None
 
 
 def _compose(routing: Tensor, frozen: tuple[Tensor, AnyDeltas, bool], dtype: torch.dtype) -> Tensor:
     """[g, O, I] weights of a chunk of groups."""
     weight, deltas, transposed = frozen
-    composed = ops.weighted(routing, deltas).add_(weight).to(dtype)
+    composed = ops.weighted(routing, deltas).reshape(len(routing), *weight.shape).add_(weight).to(dtype)
     return composed.mT if transposed else composed
 
 

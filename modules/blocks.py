@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge import InputError
 from modules import structure
 
 #: (output [B, ..., D] of a block for one task, name of the block, task) -> corrected output.
@@ -18,10 +19,10 @@ class Blocks:
     """Hooks on every residual block of a model (see `structure.blocks`).
 
     A block gives [B, N, D] tokens, [B, C, H, W] maps or [B, D] vectors, alone or as the first of a tuple. `segments`
-    says how many images of each task the batch holds, one task after another.
+    says how many images of each task the batch holds, one task after another; `None` is a pass without corrections.
     """
 
-    def __init__(self, model: nn.Module, segments: Callable[[], Mapping[str, int]] = dict) -> None:
+    def __init__(self, model: nn.Module, segments: Callable[[], Mapping[str, int] | None] = dict) -> None:
         self.modules, self.segments = structure.blocks(model), segments
         self.correct: Correct | None = None
         self._record: dict[str, Tensor] | None = None
@@ -40,8 +41,9 @@ class Blocks:
 
     def _hook(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x: Tensor = output[0] if isinstance(output, tuple) else output
-        if self.correct is not None:
-            x = per_task(x, self.segments(), lambda part, task: self.correct(part, name, task))  # type: ignore[misc]
+        correct, segments = self.correct, self.segments()
+        if correct is not None and segments is not None:
+            x = per_task(x, segments, lambda part, task: correct(part, name, task))
         if self._record is not None:
             self._record[name] = token_mean(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
@@ -49,6 +51,9 @@ class Blocks:
 
 def per_task(x: Tensor, segments: Mapping[str, int], function: Callable[[Tensor, str], Tensor]) -> Tensor:
     """Apply a function of (images of one task, task) to a batch that holds several tasks one after another."""
+    if sum(segments.values()) != len(x):
+        said = f"{sum(segments.values())} are said to be in it" if segments else "nothing says of which tasks"
+        raise InputError(f"a batch of {len(x)} is corrected task by task, but {said}; see MergedModel.of")
     parts = x.split(list(segments.values()))
     return torch.cat([function(part, task) for part, task in zip(parts, segments, strict=True)])
 

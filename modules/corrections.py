@@ -3,7 +3,7 @@
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -46,9 +46,9 @@ class Residual(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4:  # [B, C, H, W]
-            return cast(Tensor, self(x.movedim(1, -1))).movedim(-1, 1)
-        return x - self.up(torch.relu(self.down(x)))
+        rows = x.movedim(1, -1) if x.ndim == 4 else x  # [B, C, H, W] -> [B, H, W, C]
+        change: Tensor = self.up(torch.relu(self.down(rows)))
+        return x - (change.movedim(-1, 1) if x.ndim == 4 else change)
 
 
 class Surgery(Correction):
@@ -126,18 +126,20 @@ class TaskBlock(Correction):
         return self
 
     def _forward(self, merged: MergedModel, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._running:
+        segments = merged.segments
+        if self._running or segments is None:
             return self._original(x, *args, **kwargs)
         weights = dict(module.named_parameters())
 
         def run(part: Tensor, task: str) -> Tensor:
             changed = {n: weights[n] + d for n, d in zip(self._names, self._task(task), strict=True)}
-            output = functional_call(module, changed, (part, *args), kwargs)
+            with merged.routing.of_task(task, segments) if merged.routing else nullcontext():
+                output = functional_call(module, changed, (part, *args), kwargs)
             self._tuple = isinstance(output, tuple)
             return cast(Tensor, output[0] if self._tuple else output)
 
         with self._inside():
-            y = per_task(x, merged.segments, run)
+            y = per_task(x, segments, run)
         return (y,) if self._tuple else y
 
     def _task(self, task: str) -> nn.ParameterList:

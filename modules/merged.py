@@ -73,13 +73,13 @@ class MergedModel(nn.Module):
         self.coefficients, self.router = coefficients.bind(rows, self.tasks, dtype, router is not None), router
         self._blocks: Blocks | None = None
         #: Images per task of the batch that is computed, in its order.
-        self.segments: Mapping[str, int] = {}
+        self.segments: Mapping[str, int] | None = {}
         self._held: Weights | None = None
         self._cache: tuple[Tensor, Weights] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self._held if self._held is not None else self.weights()
-        if self.routing is None or self.router is None or not self.router.global_:
+        if self.routing is None or self.router is None or not self.router.global_ or self.routing.given:
             return functional_call(self._frozen.model, weights, args, kwargs)
         with self.holding(weights):
             routing = self.router(self.shared(*args, **kwargs), "")
@@ -87,25 +87,25 @@ class MergedModel(nn.Module):
             return functional_call(self._frozen.model, weights, args, kwargs)
 
     def shared(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The features [B, D] of the shared expert: the model with all routing weights at zero."""
+        """The features [B, D] of the shared expert: the model with all routing weights at zero, uncorrected."""
         weights = self._held if self._held is not None else self.weights()
         if self.routing is None:
             raise InputError("a model without a router has no shared expert")
-        with self.routing.off():
+        with self.routing.off(), self.of(None):
             features: Tensor = functional_call(self._frozen.model, weights, args, kwargs)
         return features
 
     @contextmanager
-    def of(self, segments: Mapping[str, int]) -> Iterator[None]:
+    def of(self, segments: Mapping[str, int] | None) -> Iterator[None]:
         """Within the block, a batch holds so many images of each task, one task after another.
 
-        What is done task by task (corrections of blocks, routing per batch) needs to know.
+        What is done task by task (corrections of blocks, routing per batch) needs to know; `None` leaves it out.
         """
-        self.segments = segments
+        outer, self.segments = self.segments, segments
         try:
             yield
         finally:
-            self.segments = {}
+            self.segments = outer
 
     @property
     def blocks(self) -> Blocks:

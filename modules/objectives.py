@@ -144,7 +144,7 @@ class Supervised(Objective):
     needs = frozenset({"task id", "labels"})
 
     def forward(self, view: View) -> Tensor:
-        return F.cross_entropy(view.logits.float(), view.labels, reduction="none")
+        return objectives.cross_entropy(view.logits, view.labels)
 
 
 class Sum(Objective):
@@ -162,6 +162,7 @@ class Sum(Objective):
         self.terms, self.weights = nn.ModuleList(terms), list(weights or [1.0] * len(terms))
         self.needs = frozenset[str]().union(*(term.needs for term in terms))
         self.blocks = any(term.blocks for term in terms)
+        self.router_only = all(term.router_only for term in terms)
 
     def forward(self, view: View) -> Tensor:
         parts = [weight * term(view) for weight, term in zip(self.weights, self.terms, strict=True)]

@@ -17,7 +17,8 @@ class Router(nn.Module, ABC):
 
     Args:
         scope: the layers: `mlp` (every MLP, found by structure), `linear` (every linear layer), or a regular expression
-            for whole names of modules whose linear layers share their weights. What is outside is merged statically.
+            for whole names of modules whose linear layers share their weights; `all` adds LayerNorm and Conv2d, where
+            the weights do not come from a layer's own input. What is outside is merged statically.
     """
 
     #: Whether weights follow from the features of the model without routing, in a pass of their own.
@@ -36,6 +37,12 @@ class Router(nn.Module, ABC):
         if self.scope == "linear":
             layers = structure.linears(model)
             return [Site(name, (name,), structure.sizes(layer)[0]) for name, layer in layers.items()]
+        if self.scope == "all":
+            if not self.global_:
+                raise InputError(
+                    f"scope 'all' is for routers of features; use 'mlp' or 'linear' with {type(self).__name__}"
+                )
+            return [Site(name, (name,), 0) for name in structure.routable(model)]
         return structure.matching(model, self.scope)
 
     def bind(self, sites: Sequence[Site], tasks: Sequence[str], features: int, dtype: torch.dtype) -> "Router":
@@ -43,12 +50,11 @@ class Router(nn.Module, ABC):
         if self.sites:
             raise InputError("this router belongs to another merged model already; build a new one")
         self.sites, self.tasks = tuple(site.name for site in sites), tuple(tasks)
-        self._build(sites, features)
-        self.to(torch.promote_types(torch.float32, dtype))
+        self._build(sites, features, torch.promote_types(torch.float32, dtype))
         return self
 
     @abstractmethod
-    def _build(self, sites: Sequence[Site], features: int) -> None: ...
+    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None: ...
 
     @abstractmethod
     def forward(self, x: Tensor, site: str) -> Tensor:
@@ -85,12 +91,13 @@ class BlockRouter(Router):
         self.depth, self.shared, self.init, self.per, self.pool = depth, shared, init, per, pool
         self.gates = nn.ModuleList()
 
-    def _build(self, sites: Sequence[Site], features: int) -> None:
+    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
         widths = [site.width for site in sites]
         if self.shared and len(set(widths)) > 1:
             raise InputError(f"one shared gate needs sites of one width; these have {sorted(set(widths))}")
         for width in widths[:1] if self.shared else widths:
-            self.gates.append(_gate(self.depth, width, len(self.tasks), self.init))
+            gate = _gate(self.depth, width, len(self.tasks)).to(dtype)
+            self.gates.append(_start(gate, self.init))  # in its own precision: 0.3 in float32 is not 0.3 in float64
         self._gate_of = {site: 0 if self.shared else number for number, site in enumerate(self.sites)}
 
     def forward(self, x: Tensor, site: str) -> Tensor:
@@ -117,12 +124,12 @@ class FeatureRouter(Router):
 
     global_ = True
 
-    def __init__(self, layers: int = 2, dropout: float = 0.5, hard: bool = False, scope: str = "linear") -> None:
+    def __init__(self, layers: int = 2, dropout: float = 0.5, hard: bool = False, scope: str = "all") -> None:
         super().__init__(scope)
         self.layers, self.dropout, self.hard = layers, dropout, hard
         self.classifier = nn.Sequential()
 
-    def _build(self, sites: Sequence[Site], features: int) -> None:
+    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
         width = features
         self.classifier.append(nn.LayerNorm(features))  # features of different backbones differ in size by far
         for _ in range(self.layers):
@@ -130,6 +137,7 @@ class FeatureRouter(Router):
             self.classifier.append(nn.LeakyReLU()).append(nn.Dropout(self.dropout))
             width = 2 * features
         self.classifier.append(nn.Linear(width, len(self.tasks)))
+        self.classifier.to(dtype)
 
     def logits(self, features: Tensor) -> Tensor:
         """[B, D] features -> [B, K] logits of the task."""
@@ -155,14 +163,16 @@ class _Constant(nn.Module):
         return self.bias.expand(*x.shape[:-1], -1)
 
 
-def _gate(depth: int, width: int, experts: int, init: float) -> nn.Module:
+def _gate(depth: int, width: int, experts: int) -> nn.Module:
     if depth == 0:
-        last: nn.Module = _Constant(experts)
-        gate = last
-    else:
-        last = nn.Linear(width, experts)
-        gate = last if depth == 1 else nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+        return _Constant(experts)
+    last = nn.Linear(width, experts)
+    return last if depth == 1 else nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+
+
+def _start(gate: nn.Module, init: float) -> nn.Module:
     for name, parameter in gate.named_parameters():
         nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.01)
-    nn.init.constant_(last.get_parameter("bias"), init)
+    last: Tensor = list(gate.parameters())[-1]
+    nn.init.constant_(last, init)
     return gate

@@ -1,6 +1,7 @@
 """Where things are in a network, found by structure rather than by names: its MLPs and its residual blocks."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ class Site(NamedTuple):
 
     Attributes:
         name: how coefficients, figures and messages call it.
-        layers: names of the layers, in the order of the model; routing weights come from the input of the first.
+        layers: names of the layers, in the order of the model; routing weights come from the input of the one that is
+            called first.
         width: the last dimension of that input.
     """
 
@@ -40,27 +42,48 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that are called as such; torch's attention uses its output projection without calling it."""
+    """The linear layers that are called as such and whose weights are theirs alone.
+
+    torch's attention uses its output projection without calling it; a language model's output layer may share its
+    weight with the embedding.
+    """
     uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return {name: m for name, m in model.named_modules() if is_linear(m) and id(m) not in uncalled}
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    found = {name: m for name, m in model.named_modules() if is_linear(m) and id(m) not in uncalled}
+    return {name: m for name, m in found.items() if uses[id(m.get_parameter("weight"))] == 1}
+
+
+def routable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have weights of their own for every sample: linear layers, LayerNorm, plain Conv2d."""
+    linear, found = linears(model), {}
+    for name, module in model.named_modules():
+        conv = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+        norm = isinstance(module, nn.LayerNorm) and module.elementwise_affine and len(module.normalized_shape) == 1
+        if name in linear or norm or (conv and not isinstance(module.padding, str)):
+            found[name] = module
+    return found
 
 
 def mlps(model: nn.Module) -> list[Site]:
-    """The MLPs: a layer D → H back from every H > D, with the layers H ← D that stand beside it.
+    """The MLPs: a layer H → D for every H > D, with the layers D → H that stand beside it, before it.
 
-    Works for CLIP of transformers and open_clip, timm, torchvision, BERT, GPT-2, T5 and gated MLPs.
+    Works for CLIP of transformers and open_clip, timm, torchvision, BERT, GPT-2, T5 and gated MLPs. Attention may have
+    layers of the same sizes, where its heads together are wider than D; it is known by the name of its class.
     """
-    layers, order = linears(model), [name for name, _ in model.named_modules()]
+    attention = [name for name, m in model.named_modules() if name and type(m).__name__.endswith("Attention")]
+    layers = {n: layer for n, layer in linears(model).items() if not any(_inside(n, parent) for parent in attention)}
+    order = {name: number for number, name in enumerate(layers)}
     sites: dict[str, Site] = {}
     for down, layer in layers.items():
         hidden, width = sizes(layer)
         if hidden <= width:
             continue
         for parent in _ancestors(down):
-            ups = [name for name in layers if _inside(name, parent) and sizes(layers[name]) == (width, hidden)]
+            before = [name for name in layers if _inside(name, parent) and order[name] < order[down]]
+            ups = [name for name in before if sizes(layers[name]) == (width, hidden)]
             if ups:
                 place = parent if len([n for n in layers if _inside(n, parent)]) == len(ups) + 1 else _parent(ups[0])
-                sites[place] = Site(place, tuple(sorted((*ups, down), key=order.index)), width)
+                sites[place] = Site(place, (*ups, down), width)
                 break
     if not sites:
         raise InputError(f"{type(model).__name__} has no MLP (layers D to H and back); give the router a scope pattern")
