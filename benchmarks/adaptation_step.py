@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from adamerge import TaskVectors
 from adamerge.objectives import entropy
-from modules import Coefficients, MergedModel
+from modules import BlockRouter, Coefficients, MergedModel, Router
 
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 SIZES = {
@@ -37,6 +38,9 @@ SIZES = {
     }.items()
 }
 CLASSES = 100
+TRAINING, ADAPTATION = "training step", "adaptation step"
+IN_PARTS, WEMOE = "adaptation step, micro-batches", "WEMoE step, a router per MLP, per-sample routing"
+KINDS = (TRAINING, ADAPTATION, IN_PARTS, WEMOE)
 
 
 class Tower(CLIPVisionModel):
@@ -56,14 +60,24 @@ class Bench:
         self.images = torch.randn(experts, per_task, 3, 224, 224, device=device)
         self.head = torch.randn(CLASSES, SIZES[size]["hidden_size"], device=device) / 30
 
-    def merged(self) -> MergedModel:
+    def merged(self, router: Router | None = None) -> MergedModel:
         base = {name: value.detach() for name, value in self.tower.state_dict().items()}
         deltas = {
             name: torch.empty(len(self.tasks), *value.shape, device=value.device).normal_(0, 1e-3)
             for name, value in base.items()
             if value.is_floating_point()
         }
-        return MergedModel(self.tower, TaskVectors(base, deltas, self.tasks, fingerprints={}), Coefficients())
+        vectors = TaskVectors(base, deltas, self.tasks, fingerprints={})
+        return MergedModel(self.tower, vectors, Coefficients(), router).requires_grad_(True)
+
+    def step(self, kind: str, micro_batch: int) -> Callable[[], None]:
+        """One kind of step, by its name."""
+        if kind == TRAINING:
+            return self.training_step()
+        model = self.merged(BlockRouter() if kind == WEMOE else None)
+        if kind == WEMOE:
+            model.coefficients.requires_grad_(False)
+        return self.adaptation_step(model, micro_batch if kind == IN_PARTS else 0)
 
     def loss(self, features: Tensor) -> Tensor:
         return entropy(features @ self.head.T).mean()
@@ -82,7 +96,7 @@ class Bench:
         """The same on the merge, down to the coefficients' gradient and their update; 0: one forward pass for all."""
         per_task = self.images.shape[1]
         parts = self.images.flatten(0, 1).split(micro_batch) if micro_batch else ()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -109,13 +123,8 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 
 def ratios(bench: Bench, device: str, repeats: int, micro_batch: int) -> dict[str, float]:
-    """Median seconds of the three kinds of step, alternating."""
-    model = bench.merged()
-    steps = {
-        "training step": bench.training_step(),
-        "adaptation step": bench.adaptation_step(model, micro_batch=0),
-        "adaptation step, micro-batches": bench.adaptation_step(model, micro_batch),
-    }
+    """Median seconds of each kind of step, alternating."""
+    steps = {kind: bench.step(kind, micro_batch) for kind in KINDS}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -126,24 +135,18 @@ def ratios(bench: Bench, device: str, repeats: int, micro_batch: int) -> dict[st
 
 
 def peak_memory(
-    size: str, experts: int, per_task: int, device: str, micro_batch: int, queue: "multiprocessing.Queue[list[float]]"
+    size: str, experts: int, per_task: int, device: str, kind: str, micro_batch: int, queue: "Queue[list[float]]"
 ) -> None:
-    """Gigabytes (resident set on the CPU, allocator on a GPU): the peak of two steps, and what the libraries take.
-
-    `micro_batch` is -1 for the training step.
-    """
+    """Gigabytes (resident set on the CPU, allocator on a GPU): the peak of two steps, and what the libraries take."""
 
     def peak() -> float:
         return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
 
     libraries = peak()
     bench = Bench(size, experts, per_task, device)
-    if micro_batch < 0:
-        step = bench.training_step()
-    else:
-        model = bench.merged()
+    step = bench.step(kind, micro_batch)
+    if kind != TRAINING:
         bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
-        step = bench.adaptation_step(model, micro_batch)
     for _ in range(2):
         step()
     queue.put([peak(), libraries])
@@ -168,7 +171,6 @@ def main() -> None:
     micro_batch = args.micro_batch or args.images
 
     times = ratios(Bench(args.size, args.experts, args.images, args.device), args.device, args.repeats, micro_batch)
-    kinds = dict(zip(times, (-1, 0, micro_batch), strict=True))
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32"
     table = Table(title=title, caption=" ".join(f"{name}={value}" for name, value in malloc.items()))
@@ -176,16 +178,16 @@ def main() -> None:
         table.add_column(name, justify="right" if name else "left")
     context, peaks = multiprocessing.get_context("spawn"), {}
     for name, value in times.items():
-        queue: multiprocessing.Queue[list[float]] = context.Queue()
+        queue: Queue[list[float]] = context.Queue()
         worker = context.Process(
-            target=peak_memory, args=(args.size, args.experts, args.images, args.device, kinds[name], queue)
+            target=peak_memory, args=(args.size, args.experts, args.images, args.device, name, micro_batch, queue)
         )
         worker.start()
         peaks[name], libraries = queue.get()
         worker.join()
         shown = name.replace("micro-batches", f"micro-batches of {micro_batch}")
         memory = (f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB")
-        table.add_row(shown, f"{value:.2f}", f"{value / times['training step']:.3f}", *memory)
+        table.add_row(shown, f"{value:.2f}", f"{value / times[TRAINING]:.3f}", *memory)
     console = Console()
     console.print(table)
     machine = {

@@ -31,7 +31,7 @@ def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str],
 
     Many rows are laid out in several columns of panels, each named by block and tensor, so that 200 rows stay readable.
     """
-    with _style():
+    with style():
         uniform = bool((start == start[0, 0]).all())
         table, white = (values.numpy(), start[0, 0].item()) if uniform else ((values - start).numpy(), 0.0)
         spread = max(float(np.abs(table - white).max()), 1e-3)
@@ -57,22 +57,22 @@ def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str],
             pad=0.01,
         )
         figure.suptitle("Coefficients after adaptation", fontsize=10)
-        _save(figure, path)
+        save(figure, path)
 
 
 def coefficient_paths(steps: Sequence[int], values: Tensor, tasks: Sequence[str], path: Path) -> None:
     """Coefficients over steps [snapshots, groups, K]: median over rows and, shaded, the middle 80 %."""
-    with _style():
+    with style():
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.subplots()
         low, middle, high = np.quantile(values.numpy(), (0.1, 0.5, 0.9), axis=1)
         for k, task in enumerate(tasks):
-            axes.plot(steps, middle[:, k], color=_colour(k), label=task, lw=1.4)
+            axes.plot(steps, middle[:, k], color=colour(k), label=task, lw=1.4)
             if values.shape[1] > 1:
-                axes.fill_between(steps, low[:, k], high[:, k], color=_colour(k), alpha=0.1, lw=0)
+                axes.fill_between(steps, low[:, k], high[:, k], color=colour(k), alpha=0.1, lw=0)
         axes.set(xlabel="step", ylabel="coefficient", title="Coefficients: median over rows, shaded 10 to 90 %")
         axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        _save(figure, path)
+        save(figure, path)
 
 
 def progress(
@@ -85,15 +85,15 @@ def progress(
     path: Path,
 ) -> None:
     """Loss by task [steps, K], smoothed, and held-against accuracy by task over steps; dashes mark the experts."""
-    with _style():
+    with style():
         figure = Figure(figsize=(8.6, 3.2) if accuracies else (5.2, 3.2), layout="constrained")
         panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
         smooth = max(1, len(steps) // 40)
         for k, task in enumerate(tasks):
             raw = losses[:, k].float().numpy()
-            panels[0].plot(steps, raw, color=_colour(k), alpha=0.15, lw=0.6)
+            panels[0].plot(steps, raw, color=colour(k), alpha=0.15, lw=0.6)
             kernel = np.ones(smooth) / smooth
-            panels[0].plot(steps[smooth - 1 :], np.convolve(raw, kernel, "valid"), color=_colour(k), lw=1.4, label=task)
+            panels[0].plot(steps[smooth - 1 :], np.convolve(raw, kernel, "valid"), color=colour(k), lw=1.4, label=task)
         panels[0].set(
             xlabel="step",
             ylabel="entropy (nats)" if objective == "Entropy" else objective,
@@ -103,20 +103,20 @@ def progress(
         if accuracies:
             at = sorted(accuracies)
             for k, task in enumerate(tasks):
-                panels[1].plot(at, [100 * accuracies[s][task] for s in at], color=_colour(k), lw=1.4, marker=".", ms=4)
+                panels[1].plot(at, [100 * accuracies[s][task] for s in at], color=colour(k), lw=1.4, marker=".", ms=4)
                 if experts:
-                    panels[1].axhline(100 * experts[task], color=_colour(k), lw=0.7, ls=":")
+                    panels[1].axhline(100 * experts[task], color=colour(k), lw=0.7, ls=":")
             mean = [100 * sum(accuracies[s].values()) / len(tasks) for s in at]
             panels[1].plot(at, mean, color="black", lw=2, label="average")
             panels[1].set(xlabel="step", ylabel="accuracy (%)", title="Accuracy by task (dotted: experts)")
             panels[1].legend(frameon=False, fontsize=7)
         _legend(panels[0])
-        _save(figure, path)
+        save(figure, path)
 
 
 def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str], path: Path) -> None:
     """Accuracy per task of the rows worth comparing, experts as black lines."""
-    with _style():
+    with style():
         experts = rows.get("experts", {})
         shown = [name for name in rows if name not in ("experts", "mean", "task arithmetic 0.3")]
         figure = Figure(figsize=(1.4 + 0.8 * (len(tasks) + 1), 3.3), layout="constrained")
@@ -135,7 +135,7 @@ def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
         axes.set_xticks(places, [*tasks, "average"], rotation=30, ha="right", rotation_mode="anchor")
         axes.set(ylabel="accuracy (%)", ylim=(0, 100))
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _label_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -157,7 +157,8 @@ def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=7, ncols=2 if len(axes.get_lines()) > 8 else 1)
 
 
-def _colour(k: int) -> Any:
+def colour(k: int) -> Any:
+    """The colour of the k-th of several things, ten of which are easily told apart."""
     import matplotlib
 
     return matplotlib.colormaps["tab10" if k < 10 else "tab20"](k % 20)
@@ -167,12 +168,14 @@ def _greys(i: int, count: int) -> str:
     return "#c0392b" if i == count - 1 else ("#b9c4cf", "#7f93a6", "#f2b5a7", "#4a6074")[i % 4]
 
 
-def _style() -> Any:
+def style() -> Any:
+    """How every figure of this project looks, as a context."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's name says."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])

@@ -1,7 +1,7 @@
 """Results of a run as JSON, Markdown and a table on the terminal."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,36 +48,14 @@ class Results:
 
     def markdown(self) -> str:
         """A table in Markdown, with what it depends on below."""
-        header = self._header()
-        lines = [
-            f"# {self.suite}: accuracy in %",
-            "",
-            f"| {' | '.join(header)} |",
-            "|---" + "|---:" * (len(header) - 1) + "|",
-        ]
-        lines += [f"| {' | '.join(cells)} |" for cells in self._cells()]
+        lines = [f"# {self.suite}: accuracy in %", "", *markdown_table(self._header(), self._cells())]
         lines += ["", self._caption(), "", *(f"- {key}: {_words(value)}" for key, value in self.settings.items())]
         return "\n".join(lines) + "\n"
 
     def show(self) -> None:
-        """Print the table; where no terminal sets a width, as wide as it needs to be."""
-        console, table = Console(), self.table()
-        if not console.is_terminal:
-            console = Console(width=Console(width=10_000).measure(table).maximum)
-        console.print(table)
-
-    def table(self) -> Table:
-        """The same for a terminal: eight tasks fit into 80 columns, method names wrap."""
-        title, caption = f"{self.suite}: accuracy in %", self._caption()
-        table = Table(
-            title=title, caption=caption, caption_justify="left", box=None, padding=(0, 0, 0, 1), pad_edge=False
-        )
-        table.add_column("method", min_width=12)
-        for name in self._header()[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for method, cells in zip(self.rows, self._cells(), strict=True):
-            table.add_row(*cells, style="bold" if method.startswith("this run, adapted") else None)
-        return table
+        """Print the table; eight tasks fit into 80 columns."""
+        bold = ["this run, adapted"]
+        show_table(self._header(), self._cells(), bold, title=f"{self.suite}: accuracy in %", caption=self._caption())
 
     @staticmethod
     def _caption() -> str:
@@ -92,6 +70,26 @@ class Results:
             numbers = [*(row[task] for task in self.tasks), average(row), self.normalised(method)]
             cells.append([method, *("" if number is None else f"{100 * number:.1f}" for number in numbers)])
         return cells
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown: names at the left, numbers at the right."""
+    rule = "|---" + "|---:" * (len(header) - 1) + "|"
+    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], bold: Sequence[str], **about: Any) -> None:
+    """Print a table, in which names wrap; where no terminal sets a width, as wide as it needs to be."""
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, caption_justify="left", **about)
+    table.add_column(header[0], min_width=12)
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells, style="bold" if cells[0] in bold else None)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=Console(width=10_000).measure(table).maximum)
+    console.print(table)
 
 
 def _words(value: Any) -> str:
