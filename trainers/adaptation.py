@@ -3,12 +3,14 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -18,12 +20,13 @@ from adamerge.export import export
 from adamerge.fingerprint import SHORT
 from adamerge.objectives import entropy
 from adamerge.rules import Transform, transform
+from adamerge.rules.base import check_transforms
 from adamerge.suites import Suite
 from modules import Coefficients, Correction, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.finetune import fine_tune
-from trainers.phases import PARTS, ExpertOutputs, Known, Phase
+from trainers.phases import PARTS, ExpertOutputs, Known, Phase, asks_router, boundaries, check_shares
 from trainers.scoring import ScoredModule
-from trainers.streams import Batch, Stream
+from trainers.streams import Batch, Stream, generator
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,10 @@ class Adaptation(ScoredModule):
         self._check()
         self.suite.prepare(fine_tune)
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # of an earlier run nothing is left; a checkpoint that is resumed comes after this
+            self._phase, self._ends, self.known = None, None, Known()
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -106,6 +113,8 @@ class Adaptation(ScoredModule):
         features = next(iter(heads.values())).weight.shape[1]
         vectors = transform(self.suite.task_vectors(), self.transforms)
         self.model = MergedModel(self.suite.backbone(), vectors, self.coefficients, self.router, features)
+        if any(phase.objective.blocks for phase in self.phases):
+            _ = self.model.blocks  # raises where the backbone has none
         if self.correction is not None:
             sample = self.suite.dataset(self.suite.tasks[0], "test")[0][0][None]
             self.correction.bind(self.model, features, sample.to(self.model.coefficients.raw))
@@ -122,23 +131,52 @@ class Adaptation(ScoredModule):
     def _check(self) -> None:
         """What can be known before anything is read or made."""
         self.coefficients.check(self.suite.tasks)
+        check_transforms(self.transforms)
+        check_shares(self.phases)
         precision = str(self.trainer.precision) if self._trainer is not None else ""
         if precision.endswith("-true") and "16" in precision:
             raise InputError(f"precision {precision} would round the coefficients away; use bf16-mixed")
+        knows_tasks = self.router is not None and self.router.global_
         for phase in self.phases:
-            self._parts(phase)
+            parts, name = self._parts(phase), type(phase.objective).__name__
             if "labels" in phase.objective.needs and not self.allow_labels:
-                raise InputError(f"{type(phase.objective).__name__} needs labels; set allow_labels to let it see them")
-        if self.task_id == "inferred" and not (self.router and self.router.global_):
+                raise InputError(f"{name} needs labels; set allow_labels to let it see them")
+            if asks_router(phase.objective) and not knows_tasks:
+                raise InputError(f"{name} needs a router that knows tasks, such as modules.FeatureRouter")
+            if phase.objective.router_only and (odd := [p for p in parts if p in ("correction", "heads")]):
+                raise self._useless(odd[0], phase)
+        self._check_processes()
+        if self.task_id == "inferred" and not knows_tasks:
             raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
-        if odd := sorted(set(self.learning_rates) - set(PARTS)):
-            raise InputError(f"learning_rates has {odd[0]!r}; parts are {', '.join(PARTS)}")
+        if odd := sorted(set(self.learning_rates) - set().union(*map(self._parts, self.phases))):
+            why = "which does not learn" if odd[0] in PARTS else f"parts are {', '.join(PARTS)}"
+            raise InputError(f"learning_rates has {odd[0]!r}: {why}")
+
+    def _check_processes(self) -> None:
+        """Several processes wait for a gradient of everything that learns, unless they are told not to."""
+        if self._trainer is None or not isinstance(strategy := self.trainer.strategy, DDPStrategy):
+            return
+        parts = [set(self._parts(phase)) for phase in self.phases]
+        few = getattr(self.trainer.datamodule, "tasks_per_step", None) or len(self.suite.tasks)  # type: ignore[attr-defined]
+        some = few < len(self.suite.tasks) and any(part & {"correction", "heads"} for part in parts)
+        if (some or any(part != parts[0] for part in parts)) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise InputError("not every step moves every part: set trainer.strategy to ddp_find_unused_parameters_true")
+
+    def _useless(self, part: str, phase: Phase) -> InputError:
+        """What is wrong where an objective does not depend on a part that it should teach."""
+        name, learn = type(phase.objective).__name__, self._parts(phase)
+        return InputError(
+            f"{part} cannot learn from {name}, which does not depend on it; "
+            f"name the parts that do in learn: {learn} has one too many"
+        )
 
     def _parts(self, phase: Phase) -> list[str]:
         """The parts that learn in a phase."""
         there = [part for part in PARTS if part == "heads" or getattr(self, part) is not None]
         if phase.learn is None:
             return there[:-1]
+        if not phase.learn:
+            raise InputError(f"learn is empty: name some of {', '.join(there)}")
         for part in phase.learn:
             if part not in there:
                 why = f"this run has no {part}" if part in PARTS else f"parts are {', '.join(PARTS)}"
@@ -179,11 +217,9 @@ class Adaptation(ScoredModule):
     def ends(self) -> list[int]:
         """The step at which each phase ends; a resumed run keeps those that it began with, whatever its length."""
         if self._ends is None:
-            total, done, ends = self.trainer.max_steps, 0.0, []
-            for phase in self.phases:
-                done += phase.share
-                ends.append(round(done * total))
-            self._ends = ends
+            self._ends = boundaries(self.phases, self.trainer.max_steps)
+        if len(self._ends) != len(self.phases):
+            raise InputError(f"the checkpoint is of a run of {len(self._ends)} phases, this one has {len(self.phases)}")
         return [*self._ends[:-1], self.trainer.max_steps]
 
     def without_images(self) -> list[range]:
@@ -197,13 +233,17 @@ class Adaptation(ScoredModule):
         if phase.objective.router_only:
             return "shared" if "coefficients" not in parts else None
         inside = {"coefficients", "router"} | ({"correction"} if self.correction and self.correction.inside else set())
-        return "merged" if not inside.intersection(parts) and not phase.objective.blocks else None
+        more = phase.objective.blocks or asks_router(phase.objective)
+        return "merged" if not inside.intersection(parts) and not more else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         number = next(n for n, end in enumerate(self.ends()) if self.trainer.global_step < end)
         if number != self._phase:
             self._phase = number
             self._choose(self._parts(self.phases[number]))
+            for part in (self.router, self.correction):
+                if part is not None:  # what is frozen computes as in evaluation
+                    part.train(self.training and any(p.requires_grad for p in part.parameters()))
             self._look_ahead(self.phases[number], ([0, *self.ends()])[number], self.ends()[number])
 
     @property
@@ -223,10 +263,12 @@ class Adaptation(ScoredModule):
             with self.trainer.precision_plugin.forward_context():
                 self.known.fill(what, task, outputs, steps.datasets[task], index, stream.eval_batch_size, self.device)
 
+        def merged(task: str, images: Tensor) -> list[Tensor]:
+            return self._pass({task: {"images": images}}).outputs[task]
+
         if same is not None:
-            function = self.merged if same == "merged" else self.merged.shared
             for task in self.suite.tasks:
-                keep(same, task, lambda images: [function(images)])
+                keep(same, task, partial(merged, task) if same == "merged" else lambda x: [self.merged.shared(x)])
         if "teacher" in phase.objective.needs:
             experts = ExpertOutputs(self.suite.backbone(), phase.objective.blocks, self.device)
             vectors = self.suite.task_vectors()
@@ -248,7 +290,8 @@ class Adaptation(ScoredModule):
         return self.model
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        losses, entropies = self.losses(batch)
+        with self._drawing(batch_idx):
+            losses, entropies = self.losses(batch)
         loss = torch.stack(list(losses.values())).sum()
         self.log("loss", loss.detach(), prog_bar=True)
         self.log_dict({f"loss/{task}": value.detach() for task, value in losses.items()})
@@ -259,6 +302,15 @@ class Adaptation(ScoredModule):
             "losses": torch.stack([values.get(t, loss.detach() * torch.nan) for t in self.suite.tasks]),
         }
 
+    @contextmanager
+    def _drawing(self, batch_idx: int) -> Iterator[None]:
+        """Random numbers (dropout) that depend on seed, step and process alone: a resumed run draws them again."""
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        drawn = generator(torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(drawn.initial_seed())
+            yield
+
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each task's mean loss, whose plain sum takes the backward pass, and the mean entropy of its predictions."""
         entropies: dict[str, Tensor] = {}
@@ -266,6 +318,9 @@ class Adaptation(ScoredModule):
         def loss(task: str, passed: Pass) -> Tensor:
             view = self._view(task, batch[task], passed)
             value = self.objective(view).mean()
+            if torch.is_grad_enabled() and not value.requires_grad:
+                phase = self.phases[self._phase or 0]
+                raise self._useless(self._parts(phase)[0], phase)
             if "logits" in vars(view):
                 entropies[task] = entropy(view.logits.detach()).mean()
             return value
@@ -286,13 +341,9 @@ class Adaptation(ScoredModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         moved = {name: p.grad for name, p in self.learned() if p.grad is not None}
-        for part in {self._learned[n] for n, p in self.learned() if p.requires_grad} - {
-            self._learned[n] for n in moved
-        }:
-            raise InputError(
-                f"{part} cannot learn from {type(self.objective).__name__}, which does not depend on it; "
-                f"name the parts that do in learn: {self._parts(self.phases[self._phase or 0])} has one too many"
-            )
+        should = {self._learned[name] for name, p in self.learned() if p.requires_grad}
+        for part in should - {self._learned[name] for name in moved}:
+            raise self._useless(part, self.phases[self._phase or 0])
         self.log("gradient_norm", torch.linalg.vector_norm(torch.cat([g.detach().flatten() for g in moved.values()])))
         values = self.coefficients().detach()
         if values.numel():
@@ -326,17 +377,22 @@ class Adaptation(ScoredModule):
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The learned tensors alone: all else is in the suite."""
+        """What is learned, and a router, which begins at random: all else is in the suite."""
         everything = super().state_dict(*args, **kwargs)
-        return {name: everything[name] for name, _ in self.learned()}
+        return {name: everything[name] for name in self._stored()}
+
+    def _stored(self) -> list[str]:
+        return [n for n, p in self.named_parameters() if n in self._learned or (n.startswith("router.") and p.numel())]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load learned tensors. Raises InputError for others."""
-        own = {name for name, _ in self.learned()}
-        if strict and own != state_dict.keys():
-            raise InputError(
-                f"these are not the learned tensors of this run; they differ in {sorted(own ^ state_dict.keys())}"
-            )
+        own = dict(self.named_parameters())
+        if strict and (odd := sorted(set(self._stored()) ^ state_dict.keys())):
+            raise InputError(f"these are not the learned tensors of this run; they differ in {odd}")
+        for name, value in state_dict.items():
+            if name in own and own[name].shape != value.shape:
+                shapes = f"{list(value.shape)} in the checkpoint, {list(own[name].shape)} here"
+                raise InputError(f"these are not the learned tensors of this run; {name} is {shapes}")
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
 
@@ -397,6 +453,9 @@ class Adaptation(ScoredModule):
 
     def export(self, path: str | Path) -> Path:
         """Write the merged backbone: a `.safetensors` file, or a folder that `from_pretrained` opens (HF models)."""
+        if self.correction is not None:
+            what = type(self.correction).__name__
+            raise InputError(f"{what} is another one for every task: no single backbone computes what was adapted")
         return export(self.merged.materialise(), Path(path))
 
 

@@ -1,13 +1,14 @@
 """Phases of a run, and what does not change while one lasts."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from adamerge import InputError
 from adamerge.data import fetch
 from modules import Blocks, Objective
 
@@ -28,6 +29,27 @@ class Phase:
     objective: Objective
     learn: list[str] | None = None
     share: float = 1.0
+
+
+def check_shares(phases: Sequence[Phase]) -> None:
+    """Raise InputError unless every phase has a share of the run."""
+    shares = [phase.share for phase in phases[:-1]]
+    if any(share <= 0 for share in shares) or sum(shares) >= 1:
+        raise InputError(
+            f"phases share one run, and the last takes what is left: before it, shares must be positive and sum to "
+            f"less than 1, got {shares}"
+        )
+
+
+def boundaries(phases: Sequence[Phase], steps: int) -> list[int]:
+    """The step at which each phase of a run ends."""
+    done = [sum(phase.share for phase in phases[:number]) for number in range(1, len(phases))]
+    return [*(round(share * steps) for share in done), steps]
+
+
+def asks_router(objective: Objective) -> bool:
+    """Whether an objective, or a part of it, is about the task that the router takes an image to be of."""
+    return any(isinstance(part, Objective) and part.router_only for part in objective.modules())
 
 
 class Known:
@@ -60,6 +82,8 @@ class Known:
         device: torch.device,
     ) -> None:
         """Keep `function(images)`, tensors [B, ...], for the images at `index`, in batches in that order."""
+        if not len(index):  # a task that has no turn in these steps
+            return
         parts = [function(fetch(dataset, chunk)[0].to(device)) for chunk in index.split(batch_size)]
         place = torch.full((int(index.max()) + 1,), -1, dtype=torch.int64, device=device)
         place[index.to(device)] = torch.arange(len(index), device=device)

@@ -141,7 +141,7 @@ class Report(L.Callback):
             "learned_parameters": sum(p.numel() for _, p in module.learned()),
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
-            "seconds_per_step": round(statistics.median(self.durations), 4),
+            "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
             **identified,
             "information": sorted(information(module, stream)),
             "method": module.describe(),

@@ -30,9 +30,10 @@ def suite() -> TinySuite:
 def adapt(tmp_path: Path):
     """Run some steps of adaptation on the tiny suite; returns the module and its trainer."""
 
-    def run(steps: int = 6, ckpt_path: str | None = None, callbacks=(), trainer=None, stream=None, **kwargs):
-        kwargs.setdefault("coefficients", Coefficients("tensor"))
-        module = Adaptation(kwargs.pop("suite", TinySuite()), **kwargs)
+    def run(steps: int = 6, ckpt_path=None, callbacks=(), trainer=None, stream=None, module=None, **kwargs):
+        if module is None:
+            kwargs.setdefault("coefficients", Coefficients("tensor"))
+            module = Adaptation(kwargs.pop("suite", TinySuite()), **kwargs)
         settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": bool(callbacks)}
         settings |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
         settings |= {"check_val_every_n_epoch": None, "val_check_interval": 1000, "limit_val_batches": 0}

@@ -119,7 +119,8 @@ def test_overlays_change_what_they_name():
     )
     results = json.loads(Path("runs/run/results.json").read_text())
     method = results["method"]
-    assert (method["grain"], method["bound"], method["objective"]) == ("block", "tanh", "Entropy")
+    assert (method["coefficients"]["grain"], method["coefficients"]["bound"]) == ("block", "tanh")
+    assert [phase["objective"]["name"] for phase in method["phases"]] == ["Entropy"]
     assert (method["optimizer"]["name"], method["optimizer"]["lr"]) == ("Adam", 1e-3)
 
 
@@ -213,7 +214,7 @@ def test_a_resumed_run_reports_all_of_it():
     for name in ("whole", "parts"):
         saved = torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
         reports.append(next(state for key, state in saved["callbacks"].items() if key.startswith("Report")))
-    assert list(reports[1]["accuracies"]) == [5, 10, 15]
+    assert list(reports[1]["accuracies"]) == [0, 5, 10, 15]
     assert reports[0]["accuracies"] == reports[1]["accuracies"]
     assert reports[0]["steps"] == reports[1]["steps"] == list(range(1, 16))
     assert torch.equal(reports[0]["losses"], reports[1]["losses"])

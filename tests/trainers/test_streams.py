@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_suite import TinySuite
 
 from adamerge import InputError
 from trainers import Stream
@@ -104,3 +105,139 @@ def test_a_stream_without_end_is_refused(adapt):
 def test_generators_depend_on_their_key_alone():
     assert torch.rand(3, generator=generator(0, "a", 1)).equal(torch.rand(3, generator=generator(0, "a", 1)))
     assert not torch.rand(3, generator=generator(0, "a", 1)).equal(torch.rand(3, generator=generator(0, "a", 2)))
+
+
+# -- some tasks a step ---------------------------------------------------------------------------------------------
+
+
+def test_every_task_comes_once_a_round_in_a_new_order(suite):
+    stream = steps(suite, tasks_per_step=1)
+    tasks = [next(iter(stream.turns(step))) for step in range(60)]
+    rounds = [tuple(tasks[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(each) == sorted(suite.tasks) for each in rounds)
+    assert len(set(rounds)) > 3
+    seeds = [[next(iter(steps(suite, tasks_per_step=1, seed=s).turns(step))) for step in range(60)] for s in (0, 1)]
+    assert seeds[0] == tasks
+    assert seeds[1] != tasks
+
+
+def test_a_task_goes_through_its_images_in_its_own_turns(suite):
+    """Its n-th batch is the same whether other tasks come in the same step or not."""
+    whole, single = steps(suite), steps(suite, tasks_per_step=1)
+    met = dict.fromkeys(suite.tasks, 0)
+    for step in range(30):
+        ((task, part),) = single[step].items()
+        assert part["index"].equal(whole.indices(task, met[task]))
+        met[task] += 1
+    assert set(met.values()) == {10}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_turns_are_a_pure_function_of_the_step(suite, size):
+    stream = steps(suite, tasks_per_step=size)
+    forward = [stream.turns(step) for step in range(12)]
+    assert [steps(suite, tasks_per_step=size).turns(step) for step in reversed(range(12))] == forward[::-1]
+    for turns in forward:
+        assert list(turns) == [task for task in suite.tasks if task in turns]  # in the order of the suite
+        assert 1 <= len(turns) <= min(size, 3)
+    for task in suite.tasks:
+        numbers = [turns[task] for turns in forward if task in turns]
+        assert numbers == sorted(set(numbers)), "no batch comes twice"
+
+
+def test_processes_agree_on_the_tasks_of_a_step(suite):
+    halves = [steps(suite, tasks_per_step=2, shard=(rank, 2)) for rank in (0, 1)]
+    for step in range(9):
+        assert list(halves[0][step]) == list(halves[1][step])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_with_turns_resumes_bit_for_bit(adapt, tmp_path, size):
+    def stream():
+        return Stream(batch_size=4, tasks_per_step=size)
+
+    whole, _ = adapt(steps=11, stream=stream())
+    _, trainer = adapt(steps=4, stream=stream())
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    resumed, _ = adapt(steps=11, stream=stream(), ckpt_path=str(tmp_path / "part.ckpt"))
+    assert torch.equal(whole.coefficients.raw, resumed.coefficients.raw)
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_all_indices_are_those_of_the_batches(suite, size, per_step):
+    stream = steps(suite, tasks_per_step=size)
+    for start, end in ((0, 1), (0, 4), (3, 9), (5, 5)):
+        seen = {task: set() for task in suite.tasks}
+        for step in range(start * per_step, end * per_step):
+            for task, part in stream[step].items():
+                seen[task] |= set(part["index"].tolist())
+        for task in suite.tasks:
+            assert stream.all_indices(task, start, end, per_step).tolist() == sorted(seen[task])
+
+
+def test_known_steps_have_no_images(suite):
+    stream = steps(suite, known=[range(2, 4)])
+    assert [stream[step]["one"]["images"].numel() > 0 for step in range(6)] == [True, True, False, False, True, True]
+    assert stream[2]["one"]["index"].equal(steps(suite)[2]["one"]["index"])
+
+
+# -- what a run sees -----------------------------------------------------------------------------------------------
+
+
+def test_adapting_on_the_train_split_and_scoring_the_test_split(suite, adapt):
+    stream = Stream(batch_size=4, train_split="train")
+    adapt(steps=1, stream=stream)
+    for task in suite.tasks:
+        adapted, scored = stream._parts()[task]
+        torch.testing.assert_close(adapted[3][0], suite.dataset(task, "train")[3][0])
+        torch.testing.assert_close(scored[3][0], suite.dataset(task, "test")[3][0])
+    assert stream.describe() == {
+        "batch_size": 4, "split": "test", "train_split": "train", "held_out": 0.0, "seed": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_labels_are_seen_where_they_are_allowed(suite, adapt, allowed):
+    stream = Stream(batch_size=4)
+    adapt(steps=1, stream=stream, allow_labels=allowed)
+    assert all(("labels" in part) is allowed for part in stream.steps()[0].values())
+
+
+def test_labels_of_a_held_out_part_are_those_of_its_images(suite, adapt):
+    stream = Stream(batch_size=4, held_out=0.4)
+    adapt(steps=1, stream=stream, allow_labels=True)
+    adapted, _ = stream._parts()["two"]
+    part = stream.steps()[1]["two"]
+    assert part["labels"].tolist() == [adapted[int(i)][1] for i in part["index"]]
+    torch.testing.assert_close(part["images"], torch.stack([adapted[int(i)][0] for i in part["index"]]))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tasks_per_step": 0}, "tasks_per_step must be positive, got 0"),
+        ({"held_out": 0.5, "train_split": "train"}, "leaves the whole test split to score: drop held_out"),
+        ({"eval_batch_size": 0}, "batch sizes must be positive"),
+    ],
+)
+def test_settings_that_contradict(kwargs, message):
+    with pytest.raises(InputError, match=message):
+        Stream(**kwargs)
+
+
+def test_holding_out_of_the_split_that_is_adapted_on_is_fine():
+    assert Stream(held_out=0.5, train_split="test").describe()["held_out"] == 0.5
+
+
+@pytest.mark.parametrize(("split", "empty"), [("train", "train"), (None, "test")])
+def test_a_split_without_images_is_named(adapt, monkeypatch, split, empty):
+    plain = TinySuite.dataset
+
+    def dataset(self, task, split):
+        data = plain(self, task, split)
+        return Part(data, torch.arange(0)) if (task, split) == ("two", empty) else data
+
+    monkeypatch.setattr(TinySuite, "dataset", dataset)
+    with pytest.raises(InputError, match=f"task 'two' has no image in its {empty} split"):
+        adapt(steps=1, stream=Stream(batch_size=4, train_split=split))

@@ -5,25 +5,31 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adamerge import TaskVectors
-from adamerge.backbones import MLP
+from adamerge.backbones import MLP, TinyViT
 from adamerge.data import ArrayImages, Preprocess
 from adamerge.suites import HeadWeights, Split, Suite
 
 
 class TinySuite(Suite):
-    """Noisy 4 × 4 images of three tasks and experts that differ at random from a random base."""
+    """Noisy images of three tasks and experts that differ at random from a random base.
+
+    Args:
+        seed: of base and experts.
+        images: per task and split.
+        vit: a transformer of two blocks on 8 × 8 images instead of an MLP on 4 × 4.
+    """
 
     name = "tiny"
 
-    def __init__(self, seed: int = 0, images: int = 23) -> None:
-        self.seed, self.images = seed, images
+    def __init__(self, seed: int = 0, images: int = 23, vit: bool = False) -> None:
+        self.seed, self.images, self.vit = seed, images, vit
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return ("one", "two", "three")
 
     def backbone(self) -> nn.Module:
-        return MLP(image_size=4, dim=8)
+        return TinyViT(image_size=8, patch=4, dim=8, depth=2, heads=2) if self.vit else MLP(image_size=4, dim=8)
 
     def task_vectors(self) -> TaskVectors:
         rng = torch.Generator().manual_seed(self.seed)
@@ -45,6 +51,7 @@ class TinySuite(Suite):
 
     def dataset(self, task: str, split: Split) -> Dataset[tuple[Tensor, int]]:
         rng = torch.Generator().manual_seed(len(task) + 10 * (split == "test"))
-        images = torch.randint(256, (self.images, 4, 4, 3), generator=rng, dtype=torch.uint8)
+        size = 8 if self.vit else 4
+        images = torch.randint(256, (self.images, size, size, 3), generator=rng, dtype=torch.uint8)
         labels = torch.randint(len(self.classes(task)), (self.images,), generator=rng)
         return ArrayImages(images.numpy(), labels.numpy(), Preprocess())
