@@ -54,7 +54,7 @@ class Adaptation(ScoredModule):
         learn: the parts that learn: any of coefficients, router, correction, heads; default: all but the heads.
         phases: several objectives one after another, instead of `objective` and `learn`.
         optimizer: builds the optimiser from the learned parameters.
-        learning_rates: by part, where it is not the optimiser's.
+        learning_rates: by part, where it is not the optimiser's; those of parts that do not learn are not used.
         micro_batches: one forward and backward pass per task instead of one over all of them: the same gradient, and
             the activations of one task at a time in memory.
         task_id: `given`: every image is scored by the head of its task; `inferred`: by that of the task which the
@@ -148,9 +148,8 @@ class Adaptation(ScoredModule):
         self._check_processes()
         if self.task_id == "inferred" and not knows_tasks:
             raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
-        if odd := sorted(set(self.learning_rates) - set().union(*map(self._parts, self.phases))):
-            why = "which does not learn" if odd[0] in PARTS else f"parts are {', '.join(PARTS)}"
-            raise InputError(f"learning_rates has {odd[0]!r}: {why}")
+        if odd := sorted(set(self.learning_rates) - set(PARTS)):
+            raise InputError(f"learning_rates has {odd[0]!r}: parts are {', '.join(PARTS)}")
 
     def _check_processes(self) -> None:
         """Several processes wait for a gradient of everything that learns, unless they are told not to."""

@@ -127,7 +127,6 @@ def test_learning_rates_by_part(adapt):
         ({"learn": ["weights"]}, "'weights' cannot learn: parts are coefficients, router, correction, heads"),
         ({"learn": []}, "learn is empty: name some of coefficients, heads"),
         ({"learning_rates": {"head": 0.1}}, "learning_rates has 'head': parts are"),
-        ({"learning_rates": {"heads": 0.1}}, "learning_rates has 'heads': which does not learn"),
     ],
 )
 def test_a_wrong_list_of_parts_is_refused(kwargs, message):
