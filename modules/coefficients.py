@@ -12,6 +12,9 @@ from adamerge import CoefficientTable, InputError, read_coefficients
 from adamerge.kinds import block_of
 
 Grain = Literal["model", "block", "tensor"]
+#: Where coefficients begin in the field's benchmark of eight CLIP tasks.
+USUAL_SCALE = 0.3
+
 Bound = Literal["none", "clamp", "softmax", "sigmoid", "tanh"]
 
 
@@ -29,7 +32,7 @@ class Coefficients(nn.Module):
         grain: what shares a coefficient.
         bound: the map from raw to effective values.
         init: effective values at the start: one number, one per task, a tensor [rows, K], or a `coefficients.json`.
-            Default: 0.3, and 1/K under softmax, whose rows sum to one.
+            Default: the usual scale of the suite (0.3), and 1/K under softmax, whose rows sum to one.
     """
 
     raw: nn.Parameter
@@ -42,17 +45,23 @@ class Coefficients(nn.Module):
         self.tasks: tuple[str, ...] = ()
         self.rows: tuple[str, ...] = ()
         self.groups: tuple[str, ...] = ()
+        self._scale = USUAL_SCALE
         self._fixed: Tensor | None = None
 
     def bind(
-        self, rows: Sequence[str], tasks: Sequence[str], dtype: torch.dtype = torch.float32, may_be_empty: bool = False
+        self,
+        rows: Sequence[str],
+        tasks: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        may_be_empty: bool = False,
+        scale: float = USUAL_SCALE,
     ) -> "Coefficients":
         """Create the parameter for these tensors and tasks; called once, by the model that uses the coefficients."""
         if self.groups:
             raise InputError("these coefficients belong to another merged model already; build new ones")
         if not rows and not may_be_empty:
             raise InputError("no tensor differs between base and experts: there is nothing to merge")
-        self.rows, self.tasks = tuple(rows), tuple(tasks)
+        self.rows, self.tasks, self._scale = tuple(rows), tuple(tasks), scale
         group = {
             "model": dict.fromkeys(rows, "model"),
             "block": block_of(rows),
@@ -106,7 +115,7 @@ class Coefficients(nn.Module):
     def _initial(self) -> Tensor:
         shape = (len(self.groups), len(self.tasks))
         if self.init is None:
-            return torch.full(shape, 1 / shape[1] if self.bound == "softmax" else 0.3, dtype=torch.float64)
+            return torch.full(shape, 1 / shape[1] if self.bound == "softmax" else self._scale, dtype=torch.float64)
         if isinstance(self.init, (str, Path)):
             return self._from_table(read_coefficients(self.init))
         given = torch.as_tensor(self.init, dtype=torch.float64)

@@ -17,7 +17,7 @@ from adamerge.kinds import kind
 from adamerge.ops import weighted_sum
 from adamerge.rules import Mean
 from modules.blocks import Blocks
-from modules.coefficients import Coefficients
+from modules.coefficients import USUAL_SCALE, Coefficients
 from modules.routers import Router
 from modules.routing import Routing
 
@@ -42,6 +42,7 @@ class MergedModel(nn.Module):
         coefficients: unbound `Coefficients`; they are bound to the tensors that differ and are not routed.
         router: an unbound router, whose layers take weights of their own for every sample; default: none.
         features: the size of what the model gives, where the router needs it.
+        scale: where coefficients and routers begin that do not say so themselves.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class MergedModel(nn.Module):
         coefficients: Coefficients,
         router: Router | None = None,
         features: int = 0,
+        scale: float = USUAL_SCALE,
     ) -> None:
         super().__init__()
         task_vectors = task_vectors.load()
@@ -68,9 +70,10 @@ class MergedModel(nn.Module):
             sites = router.find(self._frozen.model)
             routed = {f"{layer}.{part}" for site in sites for layer in site.layers for part in ("weight", "bias")}
             rows = tuple(name for name in rows if name not in routed)
-            router.bind(sites, self.tasks, features, dtype)
+            router.bind(sites, self.tasks, features, dtype, scale)
             self.routing = Routing(self, self._frozen.model, sites, router)
-        self.coefficients, self.router = coefficients.bind(rows, self.tasks, dtype, router is not None), router
+        self.coefficients = coefficients.bind(rows, self.tasks, dtype, router is not None, scale)
+        self.router = router
         self._blocks: Blocks | None = None
         #: Images per task of the batch that is computed, in its order.
         self.segments: Mapping[str, int] | None = {}

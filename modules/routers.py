@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adamerge import InputError
 from modules import structure
+from modules.coefficients import USUAL_SCALE
 from modules.structure import Site
 
 
@@ -29,6 +30,7 @@ class Router(nn.Module, ABC):
         self.scope = scope
         self.tasks: tuple[str, ...] = ()
         self.sites: tuple[str, ...] = ()
+        self.scale = USUAL_SCALE
 
     def find(self, model: nn.Module) -> list[Site]:
         """The sites of a model that this router serves. Raises InputError where there are none."""
@@ -45,11 +47,21 @@ class Router(nn.Module, ABC):
             return [Site(name, (name,), 0) for name in structure.routable(model)]
         return structure.matching(model, self.scope)
 
-    def bind(self, sites: Sequence[Site], tasks: Sequence[str], features: int, dtype: torch.dtype) -> "Router":
-        """Create the parameters; called once, by the model that routes. `features` is the size of its output."""
+    def bind(
+        self,
+        sites: Sequence[Site],
+        tasks: Sequence[str],
+        features: int,
+        dtype: torch.dtype,
+        scale: float = USUAL_SCALE,
+    ) -> "Router":
+        """Create the parameters; called once, by the model that routes.
+
+        `features` is the size of its output, `scale` where weights begin that do not say so themselves.
+        """
         if self.sites:
             raise InputError("this router belongs to another merged model already; build a new one")
-        self.sites, self.tasks = tuple(site.name for site in sites), tuple(tasks)
+        self.sites, self.tasks, self.scale = tuple(site.name for site in sites), tuple(tasks), scale
         self._build(sites, features, torch.promote_types(torch.float32, dtype))
         return self
 
@@ -71,7 +83,7 @@ class BlockRouter(Router):
     Args:
         depth: linear layers of a gate: 0, 1 or 2.
         shared: one gate for all sites (they must have the same width).
-        init: the weights at the start.
+        init: the weights at the start; default: the usual scale of the suite (0.3).
         per: `batch` averages w over the images of a task while training, as published code does: one merge per task and
             step. Evaluation always routes sample by sample, so that no prediction depends on its batch.
         pool: average the tokens `after` the gate, as published, or `before` it.
@@ -82,7 +94,7 @@ class BlockRouter(Router):
         self,
         depth: Literal[0, 1, 2] = 2,
         shared: bool = False,
-        init: float = 0.3,
+        init: float | None = None,
         per: Literal["sample", "batch"] = "sample",
         pool: Literal["after", "before"] = "after",
         scope: str = "mlp",
@@ -97,7 +109,8 @@ class BlockRouter(Router):
             raise InputError(f"one shared gate needs sites of one width; these have {sorted(set(widths))}")
         for width in widths[:1] if self.shared else widths:
             gate = _gate(self.depth, width, len(self.tasks)).to(dtype)
-            self.gates.append(_start(gate, self.init))  # in its own precision: 0.3 in float32 is not 0.3 in float64
+            init = self.scale if self.init is None else self.init
+            self.gates.append(_start(gate, init))  # in its own precision: 0.3 in float32 is not 0.3 in float64
         self._gate_of = {site: 0 if self.shared else number for number, site in enumerate(self.sites)}
 
     def forward(self, x: Tensor, site: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Every command and every line of code in the README runs, on a suite that builds in seconds."""
 
+import glob
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from trainers.cli import main
+from trainers.compare import main as compare
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,10 +47,22 @@ def small(command: list[str]) -> list[str]:
     return [*command, *few, *(f"--model.init_args.suite.init_args.recipe.{k}={v}" for k, v in SMALL.items())]
 
 
+def compared(command: list[str]) -> None:
+    """The comparison of two of its methods on one seed."""
+    at = {name: command.index(name) for name in ("--methods", "--seeds", "--output")}
+    methods = sorted(glob.glob(command[at["--methods"] + 1]))[:2]
+    few = ["--", *small([])]
+    with pytest.raises(SystemExit) as end:
+        compare([*command[: at["--methods"] + 1], *methods, "--seeds", "0", *command[at["--output"] :], *few])
+    assert end.value.code == 0
+
+
 def shell(block: str) -> None:
     for line in block.strip().splitlines():
         if line.startswith("python train.py "):
             main(small(shlex.split(line)[2:]))
+        elif line.startswith("python -m trainers.compare "):
+            compared(shlex.split(line)[3:])
         elif line.startswith("make "):
             subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, check=True, capture_output=True)
         else:

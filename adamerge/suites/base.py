@@ -66,6 +66,9 @@ class Suite(ABC):
     #: Shown in results and used in cache names.
     name: str
 
+    #: The usual scale of task arithmetic for such models: where coefficients begin that do not say so themselves.
+    scale: float = 0.3
+
     @property
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from adamerge.task_vectors import TaskVectors
 log = logging.getLogger(__name__)
 
 #: Goes into the cache key: raise it when drawing or training changes in a way that the recipe does not show.
-VERSION = 1
+VERSION = 2
 
 
 class Mini(Suite):
@@ -42,6 +42,7 @@ class Mini(Suite):
     """
 
     name = "mini"
+    scale = 0.125
 
     def __init__(self, tasks: list[str] | None = None, seed: int = 0, recipe: Recipe = Recipe()) -> None:  # noqa: B008  frozen
         unknown = sorted(set(tasks or ()) - set(TASKS))
@@ -116,11 +117,13 @@ class Mini(Suite):
         tensors |= {f"{task}.bias": head.bias for task, head in heads.items() if head.bias is not None}
         save_file(tensors, folder / "heads.safetensors")
         start.load_state_dict(base)
-        learn = partial(train, steps=recipe.expert_steps, lr=recipe.expert_lr, batch_size=recipe.batch_size)
+        for name, parameter in start.named_parameters():
+            parameter.requires_grad_(any(part in name for part in recipe.tuned))
+        learn = partial(train, steps=recipe.expert_steps, batch_size=recipe.batch_size)
         for number, task in enumerate(self.tasks, 2):
             data, own = {task: self.dataset(task, "train")}, {task: classes[task]}
-            label = f"Mini {number}/{total} {task}"
-            expert, _ = learn(start, data, own, heads={task: heads[task]}, label=label)
+            label, lr = f"Mini {number}/{total} {task}", recipe.expert_lrs[list(TASKS).index(task) % len(recipe.expert_lrs)]
+            expert, _ = learn(start, data, own, heads={task: heads[task]}, lr=lr, label=label)
             save_file(expert, folder / f"{task}.safetensors")
 
     def _images(self, split: Split, task: str, count: int, clear: bool = False) -> ArrayImages:
