@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainers.streams import generator
+from trainers.seeding import generator
 
 
 def shift_and_flip(images: Tensor, shift: int, flip: bool, key: tuple[object, ...]) -> Tensor:

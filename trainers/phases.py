@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,10 @@ from torch.utils.data import Dataset
 from adamerge import InputError
 from adamerge.data import fetch
 from modules import Blocks, Objective
+from trainers.streams import Stream
+
+if TYPE_CHECKING:
+    from trainers.adaptation import Adaptation
 
 #: What can learn: the names that `learn` takes.
 PARTS = ("coefficients", "router", "correction", "heads")
@@ -30,15 +36,17 @@ class Phase:
     learn: list[str] | None = None
     share: float = 1.0
 
-
-def check_shares(phases: Sequence[Phase]) -> None:
-    """Raise InputError unless every phase has a share of the run."""
-    shares = [phase.share for phase in phases[:-1]]
-    if any(share <= 0 for share in shares) or sum(shares) >= 1:
-        raise InputError(
-            f"phases share one run, and the last takes what is left: before it, shares must be positive and sum to "
-            f"less than 1, got {shares}"
-        )
+    def learning(self, parts: Sequence[str]) -> list[str]:
+        """The parts that learn, of those that a run has. Raises InputError for others."""
+        if self.learn is None:
+            return [part for part in parts if part != "heads"]
+        if not self.learn:
+            raise InputError(f"learn is empty: name some of {', '.join(parts)}")
+        for part in self.learn:
+            if part not in parts:
+                why = f"this run has no {part}" if part in PARTS else f"parts are {', '.join(PARTS)}"
+                raise InputError(f"{part!r} cannot learn: {why}")
+        return self.learn
 
 
 def boundaries(phases: Sequence[Phase], steps: int) -> list[int]:
@@ -107,3 +115,32 @@ class ExpertOutputs:
         with self.hooks.recording() as recorded:
             features = self.model(images)
         return [features, *recorded.values()]
+
+
+def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
+    """Let a run know, once per image that these steps take, what does not change during its phase.
+
+    That is what the experts give, where the objective asks for it, and `same`: the features of the "merged" model or of
+    the "shared" expert.
+    """
+    stream, objective = run.trainer.datamodule, run.phase.objective  # type: ignore[attr-defined]
+    if not isinstance(stream, Stream):
+        return
+    batches, per_step = stream.steps(), run.trainer.accumulate_grad_batches
+
+    def keep(what: str, task: str, outputs: Callable[[Tensor], list[Tensor]]) -> None:
+        index = batches.all_indices(task, steps.start, steps.stop, per_step)
+        with run.trainer.precision_plugin.forward_context():
+            run.known.fill(what, task, outputs, batches.datasets[task], index, stream.eval_batch_size, run.device)
+
+    def features(task: str, images: Tensor) -> list[Tensor]:
+        return [run.view(task, {"images": images}).raw if same == "merged" else run.merged.shared(images)]
+
+    if same is not None:
+        for task in run.suite.tasks:
+            keep(same, task, partial(features, task))
+    if "teacher" in objective.needs:
+        experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
+        for task in run.suite.tasks:
+            experts.load(vectors.expert(task))
+            keep("expert", task, experts)

@@ -179,19 +179,19 @@ class Report(L.Callback):
         self.seconds, self._since = self.seconds + now - self._since, now
 
 
-def information(module: Adaptation, stream: Stream) -> set[str]:
-    """What a run is told: the images, the task of each, and whatever its objectives and its stream add."""
-    return {"images", "task id", *module.needs} | ({"train data"} if stream.train_split == "train" else set())
+def information(module: Adaptation, stream: Any) -> set[str]:
+    """What a run is told: the images, and whatever its objectives and its stream add."""
+    told = {"images"}.union(*(phase.objective.needs for phase in module.phases))
+    if isinstance(stream, Stream):
+        told |= {"task id", "train data"} if stream.train_split == "train" else {"task id"}
+    return told
 
 
 def budget(module: Adaptation, stream: Any) -> str:
     """One sentence on what a run learns, and from what."""
-    counts: dict[str, int] = {}
-    for name, parameter in module.learned():
-        part = name.partition(".")[0]
-        counts[part] = counts.get(part, 0) + parameter.numel()
+    counts = {part: sum(p.numel() for p in parameters) for part, parameters in module.learned_by_part().items()}
     parts = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
-    sees = information(module, stream) if isinstance(stream, Stream) else {"images", *module.needs}
+    sees = information(module, stream)
     words = {"teacher": "the experts' outputs", "task id": "the task of each image", "train data": "training data"}
     told = ", ".join(words.get(what, what) for what in sorted(sees))
     return f"Learns {sum(counts.values()):,} numbers ({parts}) from: {told}" + (

@@ -1,6 +1,5 @@
 """The test stream: batches of known tasks, each a pure function of (seed, step)."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from adamerge import InputError
 from adamerge.data import fetch, labels_of, split_held_out
 from adamerge.suites import Split, Suite
+from trainers.seeding import generator
 
 #: Images and their positions in the data set, by task.
 Batch = dict[str, dict[str, Tensor]]
@@ -270,9 +270,3 @@ def scoring_loaders(
     """One loader per data set, over all its images, shared out among the processes."""
     chunks = (EvalChunks(dataset, batch_size, (trainer.global_rank, trainer.world_size)) for dataset in datasets)
     return [StepLoader(chunk, len(chunk), num_workers) for chunk in chunks]
-
-
-def generator(*key: object) -> torch.Generator:
-    """A random generator that depends on nothing but its key."""
-    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

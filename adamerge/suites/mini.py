@@ -122,7 +122,8 @@ class Mini(Suite):
         learn = partial(train, steps=recipe.expert_steps, batch_size=recipe.batch_size)
         for number, task in enumerate(self.tasks, 2):
             data, own = {task: self.dataset(task, "train")}, {task: classes[task]}
-            label, lr = f"Mini {number}/{total} {task}", recipe.expert_lrs[list(TASKS).index(task) % len(recipe.expert_lrs)]
+            label = f"Mini {number}/{total} {task}"
+            lr = recipe.expert_lrs[list(TASKS).index(task) % len(recipe.expert_lrs)]
             expert, _ = learn(start, data, own, heads={task: heads[task]}, lr=lr, label=label)
             save_file(expert, folder / f"{task}.safetensors")
 

@@ -1,5 +1,7 @@
 """Checkpoints of every kind of learned part: what comes back computes what was saved."""
 
+import logging
+
 import pytest
 import torch
 from tiny_suite import TinySuite
@@ -110,3 +112,11 @@ def test_what_no_single_backbone_computes_is_not_exported(tmp_path, name, messag
     module = Adaptation(**fresh(name))
     with pytest.raises(InputError, match=message):
         module.export(tmp_path / "merged.safetensors")
+
+
+@pytest.mark.parametrize("name", ["coefficients", "heads"])
+def test_an_export_says_that_it_has_no_heads_where_they_learned(tmp_path, caplog, name):
+    caplog.set_level(logging.WARNING, "trainers.adaptation")
+    path = Adaptation(**fresh(name)).export(tmp_path / "merged.safetensors")
+    assert path.is_file()
+    assert ("is the backbone alone" in caplog.text) == (name == "heads")

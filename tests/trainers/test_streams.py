@@ -4,7 +4,8 @@ from tiny_suite import TinySuite
 
 from adamerge import InputError
 from trainers import Stream
-from trainers.streams import EvalChunks, Part, StepLoader, StreamSteps, generator
+from trainers.seeding import generator
+from trainers.streams import EvalChunks, Part, StepLoader, StreamSteps
 
 
 def steps(suite, **kwargs) -> StreamSteps:

@@ -1,0 +1,94 @@
+"""A module of a few parts that may learn, all else being frozen."""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from adamerge import InputError
+from adamerge.checkpoints import load_torch
+from trainers.phases import PARTS, Phase
+from trainers.scoring import ScoredModule
+
+
+class LearningModule(ScoredModule):
+    """Knows which of its parts learn, hands them to the optimiser, and stores what they learn and nothing else."""
+
+    def __init__(self, optimizer: OptimizerCallable, learning_rates: Mapping[str, float]) -> None:
+        super().__init__()
+        self.optimizer, self.learning_rates = optimizer, dict(learning_rates)
+        self._learned: list[str] = []
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that there are, by name."""
+        return {part: module for part in PARTS if (module := getattr(self, part)) is not None}
+
+    def learning(self, phase: Phase) -> list[str]:
+        """The parts that learn in a phase."""
+        return phase.learning(list(self.parts()))
+
+    def choose(self, parts: Collection[str]) -> None:
+        """Choose, once, the parts that learn at any time."""
+        for part, module in self.parts().items():
+            module.requires_grad_(part in parts)
+        self._learned = [name for name, p in self.named_parameters() if p.requires_grad and p.numel()]
+        if not self._learned:
+            raise InputError(f"nothing learns: none of {[p for p in PARTS if p in parts]} has a parameter")
+
+    def learned(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that learn at any time, by name."""
+        parameters = dict(self.named_parameters())
+        return ((name, parameters[name]) for name in self._learned)
+
+    def learned_by_part(self) -> dict[str, list[nn.Parameter]]:
+        """The same parameters by the part that they belong to."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.learned():
+            parts.setdefault(name.partition(".")[0], []).append(parameter)
+        return parts
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        rates = {part: {"lr": rate} for part, rate in self.learning_rates.items()}
+        groups = self.learned_by_part().items()
+        return self.optimizer([{"params": parameters, **rates.get(part, {})} for part, parameters in groups])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What is learned, and a router, which begins at random."""
+        everything = super().state_dict(*args, **kwargs)
+        return {name: everything[name] for name in self._stored()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load learned tensors. Raises InputError for others."""
+        own, wrong = self._stored(), "these are not the learned tensors of this run"
+        if strict and (odd := sorted(own.keys() ^ state_dict.keys())):
+            raise InputError(f"{wrong}; they differ in {odd}")
+        for name, value in state_dict.items():
+            if name in own and own[name].shape != value.shape:
+                shapes = f"{list(value.shape)} in the checkpoint, {list(own[name].shape)} here"
+                raise InputError(f"{wrong}; {name} is {shapes}")
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        own = self.named_parameters()
+        return {n: p for n, p in own if n in self._learned or (n.startswith("router.") and p.numel())}
+
+    def restore(self, path: str | Path) -> Self:
+        """Load what was learned from a checkpoint, into this configuration."""
+        if not Path(path).is_file():
+            raise InputError(f"no such checkpoint: {path}")
+        checkpoint = load_torch(Path(path))
+        self.configure_model()
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        return self
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, of tensors and plain values only. Raises InputError for a broken file or a pickle."""
+        load_torch(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})

@@ -1,0 +1,37 @@
+"""The settings that a result depends on, as plain values."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from trainers.adaptation import Adaptation
+
+
+def describe(run: "Adaptation") -> dict[str, Any]:
+    """The choice on every axis that makes up a run's method."""
+    optimizer = run.configure_optimizers()
+    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (bool, int, float, tuple))}
+    return {
+        "transforms": [settings(each) for each in run.transforms],
+        "coefficients": settings(run.coefficients),
+        "router": settings(run.router),
+        "correction": settings(run.correction),
+        "phases": [
+            {"objective": settings(phase.objective), "learn": run.learning(phase), "share": phase.share}
+            for phase in run.phases
+        ],
+        "optimizer": {"name": type(optimizer).__name__, **plain, "by_part": run.learning_rates},
+        "task_id": run.task_id,
+    }
+
+
+def settings(thing: object) -> dict[str, Any] | None:
+    """A class's name and the arguments it was made with, as far as they are plain values."""
+    if thing is None:
+        return None
+    given = {name: getattr(thing, name, None) for name in inspect.signature(type(thing)).parameters}
+    plain = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, list))}
+    parts = {n: [settings(part) for part in value] for n, value in given.items() if isinstance(value, nn.ModuleList)}
+    return {"name": type(thing).__name__, **plain, **parts}
