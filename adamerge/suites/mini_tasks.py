@@ -293,8 +293,8 @@ class Recipe:
     """How base and experts are trained: AdamW, one cycle (30 % rise), cross-entropy, images scaled to [-1, 1].
 
     The base learns all tasks at once, a backbone under one linear head per task, from clear pictures; then the heads
-    are frozen. Each expert is a copy of the base, trained on its own task in fog: the transformer blocks alone, as where
-    a large model's embedding hardly moves, and every other task in larger steps, as experts of different origin are.
+    are frozen. Each expert is a copy of the base, trained on its own task in fog: the transformer blocks alone, as the
+    embedding of a large model hardly moves, and every other task in larger steps, as experts of different origin are.
     """
 
     base_images_per_task: int = 1000  # clear pictures, drawn from split "train"
