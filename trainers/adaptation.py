@@ -104,7 +104,9 @@ class Adaptation(LearningModule):
         heads = {task: Head(self.suite.head(task)) for task in self.suite.tasks}
         features = next(iter(heads.values())).weight.shape[1]
         vectors = transform(self.suite.task_vectors(), self.transforms)
-        self.model = MergedModel(self.suite.backbone(), vectors, self.coefficients, self.router, features)
+        self.model = MergedModel(
+            self.suite.backbone(), vectors, self.coefficients, self.router, features, self.suite.scale
+        )
         if any(phase.objective.blocks for phase in self.phases):
             _ = self.model.blocks  # raises where the backbone has none
         if self.correction is not None:

@@ -179,3 +179,13 @@ def test_mixed_precision_keeps_the_coefficients_in_float32(adapt, micro_batches,
     assert half.coefficients.raw.dtype == torch.float32
     torch.testing.assert_close(learned(half).cpu(), learned(exact), rtol=0, atol=5e-3)
     assert not torch.equal(learned(half).cpu(), learned(exact))
+
+
+def test_coefficients_begin_at_the_usual_scale_of_the_suite(suite):
+    suite.scale = 0.2
+    module = Adaptation(suite)
+    module.configure_model()
+    assert (module.coefficients() == torch.tensor(0.2)).all()
+    told = Adaptation(suite, Coefficients(init=0.4))
+    told.configure_model()
+    assert (told.coefficients() == torch.tensor(0.4)).all()
