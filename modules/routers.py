@@ -16,6 +16,8 @@ from modules.structure import Site
 class Router(nn.Module, ABC):
     """Gives each sample its own weights of the experts, w [B, K], in some layers of the model.
 
+    One that knows which task an image is of has a method `logits` too: [B, D] features -> [B, K].
+
     Args:
         scope: the layers: `mlp` (every MLP, found by structure), `linear` (every linear layer), or a regular expression
             for whole names of modules whose linear layers share their weights; `all` adds LayerNorm and Conv2d, where
@@ -31,6 +33,11 @@ class Router(nn.Module, ABC):
         self.tasks: tuple[str, ...] = ()
         self.sites: tuple[str, ...] = ()
         self.scale = USUAL_SCALE
+
+    @property
+    def knows_tasks(self) -> bool:
+        """Whether it says which task an image is of."""
+        return self.global_ and hasattr(self, "logits")
 
     def find(self, model: nn.Module) -> list[Site]:
         """The sites of a model that this router serves. Raises InputError where there are none."""
@@ -62,11 +69,12 @@ class Router(nn.Module, ABC):
         if self.sites:
             raise InputError("this router belongs to another merged model already; build a new one")
         self.sites, self.tasks, self.scale = tuple(site.name for site in sites), tuple(tasks), scale
-        self._build(sites, features, torch.promote_types(torch.float32, dtype))
+        self.build(sites, features, torch.promote_types(torch.float32, dtype))
         return self
 
     @abstractmethod
-    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None: ...
+    def build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
+        """Make the parameters; `tasks`, `sites` and `scale` are known by now."""
 
     @abstractmethod
     def forward(self, x: Tensor, site: str) -> Tensor:
@@ -103,7 +111,7 @@ class BlockRouter(Router):
         self.depth, self.shared, self.init, self.per, self.pool = depth, shared, init, per, pool
         self.gates = nn.ModuleList()
 
-    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
+    def build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
         widths = [site.width for site in sites]
         if self.shared and len(set(widths)) > 1:
             raise InputError(f"one shared gate needs sites of one width; these have {sorted(set(widths))}")
@@ -142,7 +150,7 @@ class FeatureRouter(Router):
         self.layers, self.dropout, self.hard = layers, dropout, hard
         self.classifier = nn.Sequential()
 
-    def _build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
+    def build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
         width = features
         self.classifier.append(nn.LayerNorm(features))  # features of different backbones differ in size by far
         for _ in range(self.layers):

@@ -1,8 +1,8 @@
 """What a step knows of each task's images: computed when an objective asks for it, and once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from adamerge import InputError
 from modules.corrections import Correction
 from modules.heads import Heads
 from modules.merged import MergedModel
-from modules.routers import FeatureRouter
 
 
 class Known(Protocol):
@@ -116,10 +115,12 @@ class View:
     def task_logits(self) -> Tensor:
         """[B, K] logits of the router for the task that an image belongs to."""
         router = self._pass.merged.router
-        if not isinstance(router, FeatureRouter):
-            raise InputError("the task of an image is the business of a FeatureRouter; this run has none")
+        if router is None or not router.knows_tasks:
+            raise InputError("the task of an image is the business of a router with logits; this run has none")
         known = self._look_up("shared")
-        return router.logits(self._pass.shared[self.task][0] if known is None else known[0])
+        return cast(Callable[[Tensor], Tensor], router.logits)(
+            self._pass.shared[self.task][0] if known is None else known[0]
+        )
 
     @cached_property
     def teacher(self) -> Teacher:

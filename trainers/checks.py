@@ -19,7 +19,7 @@ def check(run: "Adaptation") -> None:
     run.coefficients.check(run.suite.tasks)
     check_transforms(run.transforms)
     _check_shares(run.phases)
-    knows_tasks = run.router is not None and run.router.global_
+    knows_tasks = run.router is not None and run.router.knows_tasks
     for phase in run.phases:
         _check_objective(phase, run.learning(phase), knows_tasks, run.allow_labels)
     if run.task_id == "inferred" and not knows_tasks:

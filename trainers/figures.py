@@ -99,7 +99,8 @@ def progress(
             ylabel="entropy (nats)" if objective == "Entropy" else objective,
             title=f"Loss by task, mean of {smooth} steps",
         )
-        panels[0].set_ylim(bottom=0)
+        if float(losses.nan_to_num().min()) >= 0:  # a margin or minus an entropy is negative
+            panels[0].set_ylim(bottom=0)
         if accuracies:
             at = sorted(accuracies)
             for k, task in enumerate(tasks):

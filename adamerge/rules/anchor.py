@@ -3,6 +3,7 @@
 import torch
 
 from adamerge.deltas import AnyDeltas, dense
+from adamerge.errors import InputError
 from adamerge.rules.base import Rule, Transform
 from adamerge.rules.combining import combined
 from adamerge.rules.linear import TaskArithmetic
@@ -26,6 +27,8 @@ class Rebase(Transform):
     sums = False
 
     def __init__(self, rule: Rule = TaskArithmetic(), scale: float = 0.3) -> None:  # noqa: B008
+        if not isinstance(rule, Rule):
+            raise InputError(f"Rebase takes a rule and then a scale, got {rule!r} for the rule: write scale={rule!r}")
         self.rule, self.scale = rule, scale
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from adamerge import TaskVectors, merge
+from adamerge import InputError, TaskVectors, merge
 from adamerge.rules import ElectSign, Mean, Rebase, TaskArithmetic, Trim, TruncatedSVD, transform
 
 RULES = [TaskArithmetic(), Mean(), ElectSign("mean")]
@@ -83,3 +83,8 @@ def test_any_transform_may_come_before(tv):
     for task in tv.tasks:
         for name, value in trimmed.expert(task).items():
             assert_close(after.expert(task)[name], value, rtol=0, atol=1e-15)
+
+
+def test_a_scale_in_the_place_of_the_rule_is_named():
+    with pytest.raises(InputError, match="takes a rule and then a scale, got 0.1"):
+        Rebase(0.1)
