@@ -1,6 +1,7 @@
 """Pruning by magnitude, tensor by tensor."""
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -19,16 +20,19 @@ class Prune(PerTensor[None]):
     Args:
         keep: 0 < keep ≤ 1; 1 keeps everything.
         sparse: store what is left as `Sparse`, in about 2 · keep of the memory; else zeros take the others' place.
+        only: a regular expression; tensors whose names do not contain it stay as they are. Default: all are pruned.
     """
 
     thins = True
 
-    def __init__(self, keep: float = 0.1, sparse: bool = True) -> None:
+    def __init__(self, keep: float = 0.1, sparse: bool = True, only: str | None = None) -> None:
         if not 0 < keep <= 1:
             raise InputError(f"expected 0 < keep <= 1 in Prune, got {keep}")
-        self.keep, self.sparse = keep, sparse
+        self.keep, self.sparse, self.only = keep, sparse, only
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: None) -> AnyDeltas:
+        if self.only is not None and not re.search(self.only, name):
+            return deltas
         pruned = torch.stack([self._prune(delta) for delta in deltas]) if self.keep < 1 else dense(deltas)
         return Sparse.from_dense(pruned) if self.sparse else pruned
 

@@ -134,7 +134,7 @@ def test_the_routers_opinion_rests_on_the_shared_experts_features(model, vectors
 def test_without_a_router_of_tasks_there_is_no_opinion(model, vectors, heads, images, router):
     merged = MergedModel(model, vectors, Coefficients(), router and router(), features=DIM)
     view = View("a", {"images": images["a"]}, Pass(merged, images), heads)
-    with pytest.raises(InputError, match="the business of a FeatureRouter; this run has none"):
+    with pytest.raises(InputError, match="the business of a router with logits; this run has none"):
         _ = view.task_logits
 
 

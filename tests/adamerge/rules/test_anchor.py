@@ -86,5 +86,5 @@ def test_any_transform_may_come_before(tv):
 
 
 def test_a_scale_in_the_place_of_the_rule_is_named():
-    with pytest.raises(InputError, match="takes a rule and then a scale, got 0.1"):
+    with pytest.raises(InputError, match=r"takes a rule and then a scale, got 0\.1"):
         Rebase(0.1)

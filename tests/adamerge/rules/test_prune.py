@@ -65,3 +65,11 @@ def test_a_tensor_of_more_elements_than_torch_takes_quantiles_of():
 def test_a_share_is_wanted(keep):
     with pytest.raises(InputError, match=f"expected 0 < keep <= 1 in Prune, got {keep}"):
         Prune(keep)
+
+
+def test_only_the_named_tensors_are_pruned():
+    base = {"mlp.w": torch.zeros(50), "attn.w": torch.zeros(50)}
+    expert = {name: torch.randn(50) for name in base}
+    after = Prune(0.1, only="mlp")(TaskVectors.from_state_dicts(base, {"a": expert}))
+    assert int((dense(after.deltas["mlp.w"]) != 0).sum()) == 5
+    assert torch.equal(dense(after.deltas["attn.w"])[0], expert["attn.w"])
