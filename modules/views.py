@@ -52,10 +52,19 @@ class Pass:
         images = torch.cat(list(self.images.values()))
         with self.merged.of(self.sizes):
             if not self.record:
-                return self._split([self.merged(images)])
+                return self._split([self._features(images)])
             with self.merged.blocks.recording() as blocks:
-                features = self.merged(images)
+                features = self._features(images)
             return self._split([features, *blocks.values()])
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The model's output; a router of features takes those of the shared expert that this pass has already."""
+        merged = self.merged
+        if merged.routing is None or merged.router is None or not merged.router.global_:
+            return cast(Tensor, merged(images))
+        shared = torch.cat([part[0] for part in self.shared.values()])
+        with merged.routing.using(merged.router(shared, "")):
+            return cast(Tensor, merged(images))
 
     @cached_property
     def shared(self) -> dict[str, list[Tensor]]:

@@ -250,8 +250,9 @@ class Adaptation(LearningModule):
 
     def inferred(self, images: Tensor, task: str) -> Tensor:
         """[B, C + 1] logits of a task for images whose task the router has to find; the last is of any other task."""
-        own = self.identified(images, task)
-        logits = self(images, task)  # what is not taken to be of this task is wrong, whatever another head makes of it
+        view = self.view(task, {"images": images})
+        own = view.task_logits.argmax(1) == view.number
+        logits = view.logits  # what is not taken to be of this task is wrong, whatever another head makes of it
         other = torch.where(own, -torch.inf, torch.inf).to(logits.dtype)
         return torch.cat([logits, other[:, None]], 1)
 
