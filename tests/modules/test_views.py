@@ -148,3 +148,13 @@ def test_what_was_not_prepared_is_named(model, vectors, heads, images):
     assert (
         View("a", {"labels": labels}, Pass(MergedModel(model, vectors, Coefficients()), images), heads).labels is labels
     )
+
+
+def test_a_pass_that_knows_the_shared_features_gives_what_the_model_gives(model, vectors, heads, images):
+    merged = MergedModel(model, vectors, Coefficients(), FeatureRouter(), features=DIM).eval()
+    torch.nn.init.normal_(list(merged.router.parameters())[-2])  # weights that differ from image to image
+    passed = Pass(merged, images)
+    for task, x in images.items():
+        raw = View(task, {"images": x}, passed, heads).raw
+        torch.testing.assert_close(raw, merged(x), rtol=0, atol=1e-9)
+        assert (raw - raw[:1]).abs().max() > 1e-3
