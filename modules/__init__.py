@@ -3,6 +3,7 @@
 from modules.blocks import Blocks
 from modules.coefficients import Coefficients
 from modules.corrections import Correction, Surgery, TaskBlock
+from modules.elements import ConcreteMask, Elements, Residual
 from modules.heads import Head, Heads
 from modules.merged import MergedModel
 from modules.objectives import (
@@ -23,9 +24,11 @@ __all__ = [
     "BlockRouter",
     "Blocks",
     "Coefficients",
+    "ConcreteMask",
     "Correction",
     "Divergence",
     "Diversity",
+    "Elements",
     "Entropy",
     "FeatureRouter",
     "Head",
@@ -35,6 +38,7 @@ __all__ = [
     "Pass",
     "PseudoLabels",
     "RepresentationL1",
+    "Residual",
     "Router",
     "Sum",
     "Supervised",

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from adamerge.ops import weighted_sum
 from adamerge.rules import Mean
 from modules.blocks import Blocks
 from modules.coefficients import USUAL_SCALE, Coefficients
+from modules.elements import Elements
 from modules.routers import Router
 from modules.routing import Routing
 
@@ -43,6 +44,7 @@ class MergedModel(nn.Module):
         router: an unbound router, whose layers take weights of their own for every sample; default: none.
         features: the size of what the model gives, where the router needs it.
         scale: where coefficients and routers begin that do not say so themselves.
+        elements: what changes the weighted task vectors element by element; default: nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class MergedModel(nn.Module):
         router: Router | None = None,
         features: int = 0,
         scale: float = USUAL_SCALE,
+        elements: Elements | None = None,
     ) -> None:
         super().__init__()
         task_vectors = task_vectors.load()
@@ -74,11 +77,14 @@ class MergedModel(nn.Module):
             self.routing = Routing(self, self._frozen.model, sites, router)
         self.coefficients = coefficients.bind(rows, self.tasks, dtype, router is not None, scale)
         self.router = router
+        self.elements = elements
+        if elements is not None:
+            elements.bind({name: self._frozen.tensor(name) for name in rows})
         self._blocks: Blocks | None = None
         #: Images per task of the batch that is computed, in its order.
         self.segments: Mapping[str, int] | None = {}
         self._held: Weights | None = None
-        self._cache: tuple[Tensor, Weights] | None = None
+        self._cache: tuple[Tensor, tuple[int, ...], Weights] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weights = self._held if self._held is not None else self.weights()
@@ -123,16 +129,20 @@ class MergedModel(nn.Module):
         return self._frozen.deltas.get(name)
 
     def weights(self) -> Weights:
-        """The merged tensors by name, differentiable in the coefficients where they learn and gradients are on."""
-        if torch.is_grad_enabled() and self.coefficients.raw.requires_grad:
+        """The merged tensors by name, differentiable in what learns where gradients are on."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.behind()):
             self._cache = None
             return self._merge()
         with torch.no_grad():
-            values = self.coefficients()
-            if self._cache is None or not torch.equal(self._cache[0], values):
+            values, elements = self.coefficients(), self.elements.state() if self.elements else ()
+            if self._cache is None or self._cache[1] != elements or not torch.equal(self._cache[0], values):
                 self._cache = None  # freed before the new merge is made
-                self._cache = (values.clone(), self._merge())
-        return self._cache[1]
+                self._cache = (values.clone(), elements, self._merge())
+        return self._cache[2]
+
+    def behind(self) -> list[nn.Parameter]:
+        """The parameters that the merged weights depend on."""
+        return [self.coefficients.raw, *(self.elements.parameters() if self.elements else ())]
 
     @contextmanager
     def holding(self, weights: Weights) -> Iterator[None]:
@@ -166,8 +176,7 @@ class MergedModel(nn.Module):
         total = [target.grad for target in targets]
         for parameter, grad in zip(others, before, strict=True):
             parameter.grad = grad
-        merged = [weight for weight in weights.values() if weight.requires_grad]
-        return list(_HandOn.apply(total, len(values), *values, *merged, *others))
+        return hand_on(total, values, [weight for weight in weights.values() if weight.requires_grad] + others)
 
     def stored_parameters(self) -> int:
         """How many numbers the merged weights consist of; routed layers keep the deltas of all experts."""
@@ -200,8 +209,12 @@ class MergedModel(nn.Module):
         return model
 
     def _merge(self) -> Weights:
-        frozen, rows = self._frozen, self.coefficients.by_tensor()
-        return {name: weighted_sum(row, frozen.tensor(name), frozen.deltas[name]) for name, row in rows.items()}
+        frozen, rows, elements = self._frozen, self.coefficients.by_tensor(), self.elements
+        if elements is None:
+            return {name: weighted_sum(row, frozen.tensor(name), frozen.deltas[name]) for name, row in rows.items()}
+        zero = next(iter(rows.values())).new_zeros(())
+        changes = {name: weighted_sum(row, zero, frozen.deltas[name]) for name, row in rows.items()}
+        return {name: frozen.tensor(name) + elements(name, change) for name, change in changes.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":
         super()._apply(fn, recurse)
@@ -244,11 +257,18 @@ class _Frozen:
         self.deltas = {name: mapped(fn, delta) for name, delta in self.deltas.items()}
 
 
+def hand_on(grads: Sequence[Tensor | None], losses: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    """The losses again, such that the backward pass of their plain sum gives the targets these gradients."""
+    return list(_HandOn.apply(grads, len(losses), *losses, *targets))
+
+
 class _HandOn(torch.autograd.Function):
     """Passes the values of losses through; going back, gives the gradients that were collected for them."""
 
     @staticmethod
-    def forward(ctx: Any, grads: list[Tensor | None], count: int, *values_and_targets: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, grads: Sequence[Tensor | None], count: int, *values_and_targets: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.grads, ctx.count = grads, count
         return tuple(value.clone() for value in values_and_targets[:count])
 

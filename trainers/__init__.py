@@ -2,6 +2,18 @@
 
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune, LabelledData, fine_tune
+from trainers.programs import MGDA, BiLevel, Joint, Program, Weighted
 from trainers.streams import Stream
 
-__all__ = ["Adaptation", "FineTune", "LabelledData", "Stream", "fine_tune"]
+__all__ = [
+    "MGDA",
+    "Adaptation",
+    "BiLevel",
+    "FineTune",
+    "Joint",
+    "LabelledData",
+    "Program",
+    "Stream",
+    "Weighted",
+    "fine_tune",
+]

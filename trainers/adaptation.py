@@ -16,12 +16,13 @@ from adamerge.export import export
 from adamerge.objectives import entropy
 from adamerge.rules import Transform, transform
 from adamerge.suites import Suite
-from modules import Coefficients, Correction, Entropy, Head, MergedModel, Objective, Pass, Router, View
+from modules import Coefficients, Correction, Elements, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.checkpoints import ENTRY, check_entry, entry
 from trainers.checks import check, useless
 from trainers.finetune import fine_tune
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
+from trainers.programs import Joint, Losses, Program
 from trainers.seeding import drawing
 from trainers.settings import describe
 from trainers.streams import Batch
@@ -43,11 +44,14 @@ class Adaptation(LearningModule):
             whose files have moved; the fingerprints must agree.
         transforms: what is done to the task vectors first, in this order (TIES, SVD, pruning, another anchor, ...).
         coefficients: how finely the task vectors are weighted, and within which bounds.
+        elements: what is learned for every element of the merged weights; default: nothing.
         router: weights that depend on the input, in some layers; default: none.
         correction: what each task adds for itself; default: nothing.
         objective: the loss per image.
-        learn: the parts that learn: any of coefficients, router, correction, heads; default: all but the heads.
-        phases: several objectives one after another, instead of `objective` and `learn`.
+        learn: the parts that learn: any of coefficients, elements, router, correction, heads; default: all but the
+            heads.
+        program: what a step does with its batch; default: all tasks' losses at once.
+        phases: several objectives one after another, instead of `objective`, `learn` and `program`.
         optimizer: builds the optimiser from the learned parameters.
         learning_rates: by part, where it is not the optimiser's; those of parts that do not learn are not used.
         micro_batches: one forward and backward pass per task instead of one over all of them: the same gradient, and
@@ -72,19 +76,22 @@ class Adaptation(LearningModule):
         learning_rates: dict[str, float] | None = None,
         task_id: Literal["given", "inferred"] = "given",
         allow_labels: bool = False,
+        elements: Elements | None = None,
+        program: Program | None = None,
     ) -> None:
         super().__init__(optimizer, learning_rates or {})
         self.suite, self.micro_batches, self.task_id, self.allow_labels = suite, micro_batches, task_id, allow_labels
         self.coefficients = coefficients or Coefficients()
-        self.router, self.correction, self.transforms = router, correction, list(transforms or ())
-        self.phases = phases or [Phase(objective or Entropy(), learn)]
+        self.router, self.correction, self.elements = router, correction, elements
+        self.transforms = list(transforms or ())
+        self.phases = phases or [Phase(objective or Entropy(), learn, program=program or Joint())]
         self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
         self.model: MergedModel | None = None
         self.known = Known()
         self._phase: int | None = None
         self._ends: list[int] | None = None
-        if phases and (objective or learn):
-            raise InputError("give objective and learn, or phases, not both")
+        if phases and (objective or learn or program):
+            raise InputError("give objective, learn and program, or phases, not both")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +112,7 @@ class Adaptation(LearningModule):
         features = next(iter(heads.values())).weight.shape[1]
         vectors = transform(self.suite.task_vectors(), self.transforms)
         self.model = MergedModel(
-            self.suite.backbone(), vectors, self.coefficients, self.router, features, self.suite.scale
+            self.suite.backbone(), vectors, self.coefficients, self.router, features, self.suite.scale, self.elements
         )
         if any(phase.objective.blocks for phase in self.phases):
             _ = self.model.blocks  # raises where the backbone has none
@@ -145,8 +152,10 @@ class Adaptation(LearningModule):
         """Which vectors stay the same during a phase, such that its objective needs nothing else of the backbone."""
         parts = self.learning(phase)
         if phase.objective.router_only:
-            return "shared" if "coefficients" not in parts else None
-        inside = {"coefficients", "router"} | ({"correction"} if self.correction and self.correction.inside else set())
+            return "shared" if not {"coefficients", "elements"}.intersection(parts) else None
+        inside = {"coefficients", "elements", "router"} | (
+            {"correction"} if self.correction and self.correction.inside else set()
+        )
         more = phase.objective.blocks or asks_router(phase.objective)
         return "merged" if not inside.intersection(parts) and not more else None
 
@@ -161,8 +170,8 @@ class Adaptation(LearningModule):
             self._phase = number
             learning = self.learning(self.phase)
             for part, module in self.parts().items():
-                module.requires_grad_(part in learning)
-                if part in ("router", "correction"):  # what is frozen computes as in evaluation
+                module.requires_grad_(part in learning and self.phase.program.descends)
+                if part != "heads":  # what is frozen computes as in evaluation
                     module.train(self.training and part in learning)
             self.known = Known()
             look_ahead(self, steps, self._looks_up(self.phase))
@@ -183,7 +192,7 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
-            losses, entropies = self.losses(batch)
+            losses, entropies = self.phase.program.losses(self, batch)
         loss = torch.stack(list(losses.values())).sum()
         values = {task: value.detach() for task, value in losses.items()}
         self.log("loss", loss.detach(), prog_bar=True)
@@ -192,13 +201,16 @@ class Adaptation(LearningModule):
         absent = torch.full_like(loss.detach(), torch.nan)
         return {"loss": loss, "losses": torch.stack([values.get(task, absent) for task in self.suite.tasks])}
 
-    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Each task's mean loss, whose plain sum takes the backward pass, and the mean entropy of its predictions."""
+    def losses(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Losses:
+        """Each task's mean loss, weighted if asked for, and the mean entropy of its predictions.
+
+        The plain sum of the losses takes the backward pass.
+        """
         entropies: dict[str, Tensor] = {}
 
         def loss(task: str, passed: Pass | None = None) -> Tensor:
             view = self.view(task, batch[task], passed)
-            value = self.phase.objective(view).mean()
+            value = (weights or {}).get(task, 1.0) * self.phase.objective(view).mean()
             if torch.is_grad_enabled() and not value.requires_grad:
                 learning = self.learning(self.phase)
                 raise useless(learning[0], self.phase, learning)
@@ -207,7 +219,8 @@ class Adaptation(LearningModule):
             return value
 
         if self.micro_batches:
-            others = [p for _, p in self.learned() if p is not self.coefficients.raw]
+            merged = set(map(id, self.merged.behind()))
+            others = [p for _, p in self.learned() if id(p) not in merged]
             values = self.merged.in_parts((partial(loss, task) for task in batch), others)
             return dict(zip(batch, values, strict=True)), entropies
         passed = self._pass(batch)
@@ -222,12 +235,16 @@ class Adaptation(LearningModule):
         images = {task: part["images"] for task, part in batch.items()}
         return Pass(self.merged, images, self.training and self.phase.objective.blocks)
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.phase.program.descends:
+            super().backward(loss, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for part, parameters in self.learned_by_part().items():
             if parameters[0].requires_grad and all(p.grad is None for p in parameters):
                 raise useless(part, self.phase, self.learning(self.phase))
-        grads = [p.grad.detach().flatten() for _, p in self.learned() if p.grad is not None]
-        self.log("gradient_norm", torch.linalg.vector_norm(torch.cat(grads)))
+        norms = [torch.linalg.vector_norm(p.grad.detach()) for _, p in self.learned() if p.grad is not None]
+        self.log("gradient_norm", torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())])))
         values = self.coefficients().detach()
         if values.numel():
             stats = {"mean": values.mean(), "min": values.min(), "max": values.max()}
@@ -259,11 +276,14 @@ class Adaptation(LearningModule):
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[ENTRY] = {**entry(self), "phase_ends": self.ends()}
+        programs = [phase.program.state_dict() for phase in self.phases]
+        checkpoint[ENTRY] = {**entry(self), "phase_ends": self.ends(), "programs": programs}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         check_entry(checkpoint.get(ENTRY), self)
         self._ends = checkpoint[ENTRY].get("phase_ends")
+        for phase, state in zip(self.phases, checkpoint[ENTRY].get("programs", []), strict=False):
+            phase.program.load_state_dict(state)
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""

@@ -22,6 +22,7 @@ def check(run: "Adaptation") -> None:
     knows_tasks = run.router is not None and run.router.knows_tasks
     for phase in run.phases:
         _check_objective(phase, run.learning(phase), knows_tasks, run.allow_labels)
+        phase.program.check(run, run.learning(phase))
     if run.task_id == "inferred" and not knows_tasks:
         raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
     if odd := sorted(set(run.learning_rates) - set(PARTS)):
@@ -48,7 +49,9 @@ def _check_objective(phase: Phase, learning: list[str], knows_tasks: bool, allow
         raise InputError(f"{name} needs labels; set allow_labels to let it see them")
     if asks_router(phase.objective) and not knows_tasks:
         raise InputError(f"{name} needs a router that knows tasks, such as modules.FeatureRouter")
-    if phase.objective.router_only and (odd := [part for part in learning if part in ("correction", "heads")]):
+    if phase.objective.router_only and (
+        odd := [part for part in learning if part in ("elements", "correction", "heads")]
+    ):
         raise useless(odd[0], phase, learning)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 from adamerge import InputError
 from adamerge.data import fetch
 from modules import Blocks, Objective
+from trainers.programs import Joint, Program
 from trainers.streams import Stream
 
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation
 
 #: What can learn: the names that `learn` takes.
-PARTS = ("coefficients", "router", "correction", "heads")
+PARTS = ("coefficients", "elements", "router", "correction", "heads")
 
 
 @dataclass
@@ -28,13 +29,16 @@ class Phase:
 
     Attributes:
         objective: what these steps minimise.
-        learn: the parts that learn: any of coefficients, router, correction, heads; default: all but the heads.
+        learn: the parts that learn: any of coefficients, elements, router, correction, heads; default: all but the
+            heads.
         share: fraction of the run's steps; the last phase takes what is left.
+        program: what a step does with its batch; default: all tasks' losses at once.
     """
 
     objective: Objective
     learn: list[str] | None = None
     share: float = 1.0
+    program: Program = field(default_factory=Joint)
 
     def learning(self, parts: Sequence[str]) -> list[str]:
         """The parts that learn, of those that a run has. Raises InputError for others."""

@@ -16,10 +16,16 @@ def describe(run: "Adaptation") -> dict[str, Any]:
     return {
         "transforms": [settings(each) for each in run.transforms],
         "coefficients": settings(run.coefficients),
+        "elements": settings(run.elements),
         "router": settings(run.router),
         "correction": settings(run.correction),
         "phases": [
-            {"objective": settings(phase.objective), "learn": run.learning(phase), "share": phase.share}
+            {
+                "objective": settings(phase.objective),
+                "program": settings(phase.program),
+                "learn": run.learning(phase),
+                "share": phase.share,
+            }
             for phase in run.phases
         ],
         "optimizer": {"name": type(optimizer).__name__, **plain, "by_part": run.learning_rates},
@@ -32,6 +38,6 @@ def settings(thing: object) -> dict[str, Any] | None:
     if thing is None:
         return None
     given = {name: getattr(thing, name, None) for name in inspect.signature(type(thing)).parameters}
-    plain = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, list))}
+    plain = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, list, dict))}
     parts = {n: [settings(part) for part in value] for n, value in given.items() if isinstance(value, nn.ModuleList)}
     return {"name": type(thing).__name__, **plain, **parts}

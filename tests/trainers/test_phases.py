@@ -124,7 +124,7 @@ def test_learning_rates_by_part(adapt):
     ("kwargs", "message"),
     [
         ({"learn": ["router"]}, "'router' cannot learn: this run has no router"),
-        ({"learn": ["weights"]}, "'weights' cannot learn: parts are coefficients, router, correction, heads"),
+        ({"learn": ["weights"]}, "'weights' cannot learn: parts are coefficients, elements, router, correction, heads"),
         ({"learn": []}, "learn is empty: name some of coefficients, heads"),
         ({"learning_rates": {"head": 0.1}}, "learning_rates has 'head': parts are"),
     ],
