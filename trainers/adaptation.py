@@ -22,7 +22,7 @@ from trainers.checks import check, useless
 from trainers.finetune import fine_tune
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
-from trainers.programs import Joint, Losses, Program
+from trainers.programs import Losses, Program
 from trainers.seeding import drawing
 from trainers.settings import describe
 from trainers.streams import Batch
@@ -84,7 +84,7 @@ class Adaptation(LearningModule):
         self.coefficients = coefficients or Coefficients()
         self.router, self.correction, self.elements = router, correction, elements
         self.transforms = list(transforms or ())
-        self.phases = phases or [Phase(objective or Entropy(), learn, program=program or Joint())]
+        self.phases = phases or [Phase(objective or Entropy(), learn, program=program)]
         self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
         self.model: MergedModel | None = None
         self.known = Known()
@@ -170,8 +170,8 @@ class Adaptation(LearningModule):
             self._phase = number
             learning = self.learning(self.phase)
             for part, module in self.parts().items():
-                module.requires_grad_(part in learning and self.phase.program.descends)
-                if part != "heads":  # what is frozen computes as in evaluation
+                module.requires_grad_(part in learning and self.phase.stepper.descends)
+                if part in ("elements", "router", "correction"):  # what is frozen computes as in evaluation
                     module.train(self.training and part in learning)
             self.known = Known()
             look_ahead(self, steps, self._looks_up(self.phase))
@@ -192,7 +192,7 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
-            losses, entropies = self.phase.program.losses(self, batch)
+            losses, entropies = self.phase.stepper.losses(self, batch)
         loss = torch.stack(list(losses.values())).sum()
         values = {task: value.detach() for task, value in losses.items()}
         self.log("loss", loss.detach(), prog_bar=True)
@@ -236,7 +236,7 @@ class Adaptation(LearningModule):
         return Pass(self.merged, images, self.training and self.phase.objective.blocks)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.phase.program.descends:
+        if self.phase.stepper.descends:
             super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -276,14 +276,14 @@ class Adaptation(LearningModule):
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        programs = [phase.program.state_dict() for phase in self.phases]
+        programs = [phase.stepper.state_dict() for phase in self.phases]
         checkpoint[ENTRY] = {**entry(self), "phase_ends": self.ends(), "programs": programs}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         check_entry(checkpoint.get(ENTRY), self)
         self._ends = checkpoint[ENTRY].get("phase_ends")
         for phase, state in zip(self.phases, checkpoint[ENTRY].get("programs", []), strict=False):
-            phase.program.load_state_dict(state)
+            phase.stepper.load_state_dict(state)
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""

@@ -22,7 +22,7 @@ def check(run: "Adaptation") -> None:
     knows_tasks = run.router is not None and run.router.knows_tasks
     for phase in run.phases:
         _check_objective(phase, run.learning(phase), knows_tasks, run.allow_labels)
-        phase.program.check(run, run.learning(phase))
+        phase.stepper.check(run, run.learning(phase))
     if run.task_id == "inferred" and not knows_tasks:
         raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
     if odd := sorted(set(run.learning_rates) - set(PARTS)):

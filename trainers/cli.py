@@ -215,7 +215,7 @@ def main(args: list[str] | None = None) -> None:
 
 def sentence(error: Exception) -> str:
     """What is wrong in one line: of a parser's nested report, where it happened and its innermost reason."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
     if len(lines) == 1 or isinstance(error, InputError):
         return " ".join(lines)
     keys = [match[1] for line in lines if (match := re.fullmatch(r'Parser key "(.+)":', line))]

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +38,12 @@ class Phase:
     objective: Objective
     learn: list[str] | None = None
     share: float = 1.0
-    program: Program = field(default_factory=Joint)
+    program: Program | None = None
+
+    @cached_property
+    def stepper(self) -> Program:
+        """What turns batches into steps."""
+        return self.program or Joint()
 
     def learning(self, parts: Sequence[str]) -> list[str]:
         """The parts that learn, of those that a run has. Raises InputError for others."""

@@ -22,7 +22,7 @@ def describe(run: "Adaptation") -> dict[str, Any]:
         "phases": [
             {
                 "objective": settings(phase.objective),
-                "program": settings(phase.program),
+                "program": settings(phase.stepper),
                 "learn": run.learning(phase),
                 "share": phase.share,
             }

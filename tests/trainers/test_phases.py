@@ -135,7 +135,7 @@ def test_a_wrong_list_of_parts_is_refused(kwargs, message):
 
 
 def test_objective_and_phases_are_one_too_many():
-    with pytest.raises(InputError, match="give objective and learn, or phases, not both"):
+    with pytest.raises(InputError, match="give objective, learn and program, or phases, not both"):
         Adaptation(TinySuite(), objective=Entropy(), phases=[Phase(Entropy())])
 
 
