@@ -70,7 +70,7 @@ class MergedModel(nn.Module):
         self._frozen = _Frozen(model, task_vectors)
         self.routing: Routing | None = None
         if router is not None:
-            sites = router.find(self._frozen.model)
+            sites = router.find(self._frozen.model, self._frozen.deltas)
             routed = {f"{layer}.{part}" for site in sites for layer in site.layers for part in ("weight", "bias")}
             rows = tuple(name for name in rows if name not in routed)
             router.bind(sites, self.tasks, features, dtype, scale)

@@ -1,13 +1,15 @@
 """Routers: weights of the experts that depend on the input."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adamerge import InputError
+from adamerge.deltas import AnyDeltas
+from adamerge.ops import weighted
 from modules import structure
 from modules.coefficients import USUAL_SCALE
 from modules.structure import Site
@@ -21,7 +23,8 @@ class Router(nn.Module, ABC):
     Args:
         scope: the layers: `mlp` (every MLP, found by structure), `linear` (every linear layer), or a regular expression
             for whole names of modules whose linear layers share their weights; `all` adds LayerNorm and Conv2d, where
-            the weights do not come from a layer's own input. What is outside is merged statically.
+            the weights do not come from a layer's own input; `conflict:0.5`: the half of these layers on which the
+            task vectors disagree most (Mediator, arXiv:2502.04411). What is outside is merged statically.
     """
 
     #: Whether weights follow from the features of the model without routing, in a pass of their own.
@@ -39,8 +42,13 @@ class Router(nn.Module, ABC):
         """Whether it says which task an image is of."""
         return self.global_ and hasattr(self, "logits")
 
-    def find(self, model: nn.Module) -> list[Site]:
-        """The sites of a model that this router serves. Raises InputError where there are none."""
+    def find(self, model: nn.Module, deltas: Mapping[str, AnyDeltas]) -> list[Site]:
+        """The sites of a model with these task vectors that this router serves. Raises InputError if there are none."""
+        if self.scope.startswith("conflict:"):
+            layers = structure.routable(model) if self.global_ else structure.linears(model)
+            found = {name: conflict(deltas[f"{name}.weight"]) for name in layers if f"{name}.weight" in deltas}
+            widths = {name: 0 if self.global_ else structure.sizes(layers[name])[0] for name in found}
+            return [Site(name, (name,), widths[name]) for name in _most(self.scope, found)]
         if self.scope == "mlp":
             return structure.mlps(model)
         if self.scope == "linear":
@@ -171,6 +179,24 @@ class FeatureRouter(Router):
         if self.hard and not self.training:
             return nn.functional.one_hot(logits.argmax(1), len(self.tasks)).to(logits)
         return logits.softmax(1)
+
+
+def conflict(deltas: AnyDeltas) -> float:
+    """1 − ‖Σₖ τₖ‖₁ / Σₖ ‖τₖ‖₁ of one tensor: 0 where all task vectors have the same signs, 1 where they cancel out."""
+    total = sum(float(delta.abs().sum()) for delta in deltas)
+    return 1 - float(weighted(torch.ones(len(deltas)), deltas).abs().sum()) / total if total else 0.0
+
+
+def _most(scope: str, conflicts: Mapping[str, float]) -> list[str]:
+    """The fraction of names that a scope asks for, those of most conflict, in their order."""
+    try:
+        share = float(scope.partition(":")[2])
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(f"scope {scope!r}: after 'conflict:' comes a fraction in (0, 1], such as 'conflict:0.5'")
+    worst = sorted(conflicts, key=lambda name: -conflicts[name])[: max(1, round(share * len(conflicts)))]
+    return [name for name in conflicts if name in worst]
 
 
 class _Constant(nn.Module):

@@ -17,6 +17,7 @@ from adamerge.backbones import TinyViT
 from adamerge.deltas import LowRank, Sparse, dense
 from adamerge.rules import Prune, TruncatedSVD, transform
 from modules import BlockRouter, Coefficients, FeatureRouter, MergedModel, Router, structure
+from modules.routers import conflict
 
 TASKS = ("a", "b", "c")
 DIM, HIDDEN, BATCH = 16, 32, 6
@@ -147,7 +148,7 @@ def composed(merged: MergedModel, model: nn.Module, vectors: TaskVectors, x: Ten
     inputs: dict[str, Tensor] = {}
 
     def state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        site_of = {layer: site.name for site in merged.router.find(model) for layer in site.layers}
+        site_of = {layer: site.name for site in merged.router.find(model, {}) for layer in site.layers}
         own = {}
         for name, value in vectors.base.items():
             row = weights.get(site_of.get(name.rpartition(".")[0], ""), coefficients)
@@ -159,7 +160,7 @@ def composed(merged: MergedModel, model: nn.Module, vectors: TaskVectors, x: Ten
     outputs = []
     for sample in x:
         weights: dict[str, Tensor] = {}
-        for site in merged.router.find(model):  # a site's input depends on the weights of those before it alone
+        for site in merged.router.find(model, {}):  # a site's input depends on the weights of those before it alone
             hook = model.get_submodule(site.layers[0]).register_forward_pre_hook(
                 lambda module, args, name=site.name: inputs.__setitem__(name, args[0])
             )
@@ -369,6 +370,37 @@ def test_a_whole_model_may_be_routed():
         merged.router.gates[1].bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
     mixed = model.state_dict() | {n: v for n, v in experts["c"].items() if n.startswith("2.")}
     assert_close(merged(x), functional_call(model, mixed, (x,)), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "expected"),
+    [
+        ([[1.0, -2.0], [3.0, -1.0]], 0.0),  # the same signs
+        ([[1.0, -2.0], [-1.0, 2.0]], 1.0),  # opposite
+        ([[4.0, 0.0], [0.0, -1.0]], 0.0),  # different entries
+        ([[3.0, 1.0], [-1.0, 1.0]], 1 - 4 / 6),
+        ([[0.0, 0.0], [0.0, 0.0]], 0.0),
+    ],
+)
+def test_conflict_is_what_cancels_out(deltas, expected):
+    for form in (torch.tensor(deltas), Sparse.from_dense(torch.tensor(deltas))):
+        assert conflict(form) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("router", [BlockRouter, FeatureRouter])
+def test_a_router_may_serve_the_layers_of_most_conflict(vit, router):
+    one, two = copy.deepcopy(vit.model.state_dict()), copy.deepcopy(vit.model.state_dict())
+    for name in one:
+        nudge = torch.rand_like(one[name])
+        sign = -1 if name.startswith("blocks.1.mlp") else 1
+        one[name], two[name] = one[name] + nudge, two[name] + sign * nudge
+    vectors = TaskVectors.from_state_dicts(vit.model.state_dict(), {"one": one, "two": two})
+    everything = router(scope="conflict:1").find(vit.model, vectors.deltas)
+    chosen = router(scope=f"conflict:{2 / len(everything)}").find(vit.model, vectors.deltas)
+    assert len(chosen) == 2
+    assert all(site.name.startswith("blocks.1.mlp") for site in chosen)
+    with pytest.raises(InputError, match="scope 'conflict:half': after 'conflict:' comes a fraction"):
+        router(scope="conflict:half").find(vit.model, vectors.deltas)
 
 
 def test_a_scope_that_matches_nothing(vit):
