@@ -223,15 +223,16 @@ class Adaptation(LearningModule):
             others = [p for _, p in self.learned() if id(p) not in merged]
             values = self.merged.in_parts((partial(loss, task) for task in batch), others)
             return dict(zip(batch, values, strict=True)), entropies
-        passed = self._pass(batch)
+        passed = self.passing(batch)
         return {task: loss(task, passed) for task in batch}, entropies
 
     def view(self, task: str, part: Mapping[str, Tensor], passed: Pass | None = None) -> View:
         """What objectives see of one task's part of a batch, by a forward pass of its own or one that is shared."""
-        passed = passed or self._pass({task: part})
+        passed = passed or self.passing({task: part})
         return View(task, part, passed, self.heads, self.correction, self.known, self._teachers)
 
-    def _pass(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Pass:
+    def passing(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Pass:
+        """One forward pass over all images of a batch, made when a view asks for it."""
         images = {task: part["images"] for task, part in batch.items()}
         return Pass(self.merged, images, self.training and self.phase.objective.blocks)
 
