@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,17 +14,20 @@ from adamerge.files import write_text
 
 FORMAT = "adamerge-coefficients-1"
 
+#: λ of one tensor and task: a number, or one for every input column.
+Value = float | list[float]
+
 
 @dataclass(frozen=True)
 class CoefficientTable:
     """λ by tensor name and task.
 
     Attributes:
-        rows: `rows[tensor][task]`, effective values (after any bound).
+        rows: `rows[tensor][task]`, effective values (after any bound): a number, or a list with one per input column.
         fingerprints: of the base and the experts they were learned on (may be empty).
     """
 
-    rows: Mapping[str, Mapping[str, float]]
+    rows: Mapping[str, Mapping[str, Value]]
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -32,7 +36,10 @@ class CoefficientTable:
         for name, row in self.rows.items():
             if set(row) != set(self.tasks):
                 raise InputError(f"coefficients of {name} are for tasks {list(row)}, those before: {list(self.tasks)}")
-            if not all(map(math.isfinite, row.values())):
+            values = [value if isinstance(value, list) else [value] for value in row.values()]
+            if len({(len(value), isinstance(row[task], list)) for task, value in zip(row, values, strict=True)}) > 1:
+                raise InputError(f"coefficients of {name} differ in their number of columns from task to task")
+            if not values[0] or not all(math.isfinite(x) for value in values for x in value):
                 raise InputError(f"coefficients of {name} are not all finite: {dict(row)}")
 
     @property
@@ -41,8 +48,8 @@ class CoefficientTable:
         return tuple(next(iter(self.rows.values())))
 
     def tensor(self, name: str, tasks: tuple[str, ...]) -> torch.Tensor:
-        """λ of one tensor, [K], in the order of `tasks`."""
-        return torch.tensor([self.rows[name][task] for task in tasks], dtype=torch.float64)
+        """λ of one tensor, [K] or, by column, [J, K], in the order of `tasks`."""
+        return torch.tensor([self.rows[name][task] for task in tasks], dtype=torch.float64).movedim(0, -1)
 
 
 def write_coefficients(table: CoefficientTable, path: str | Path) -> None:
@@ -58,9 +65,13 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise InputError(f"{path}: format {data['format']!r}, expected {FORMAT!r}")
-        rows = {name: {task: float(value) for task, value in row.items()} for name, row in data["coefficients"].items()}
+        rows = {name: {task: _value(v) for task, v in row.items()} for name, row in data["coefficients"].items()}
         return CoefficientTable(rows, data["fingerprints"])
     except FileNotFoundError as error:
         raise InputError(f"no such file of coefficients: {path}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a file of coefficients: {error}") from error
+
+
+def _value(value: Any) -> Value:
+    return [float(x) for x in value] if isinstance(value, list) else float(value)

@@ -69,3 +69,46 @@ def weighted_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tenso
     """
     merged: Tensor = _WeightedSum.apply(coefficients, base, deltas)
     return merged
+
+
+def column_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tensor:
+    """θ = θ₀ + Σₖ τₖ ⊙ c_k with a coefficient per input column, differentiable in c alone.
+
+    θ_ij = θ₀_ij + Σₖ c_jk τ_kij, and ∂L/∂c_jk = Σ_i ∂L/∂θ_ij τ_kij, over all axes but the second. One expert at a time
+    is multiplied (a compressed one is made dense), and no product is kept for the backward pass.
+
+    Args:
+        coefficients: c, [J, K].
+        base: θ₀, or what it broadcasts from; it takes no gradient.
+        deltas: τ, [K, *shape] or its compressed form, of two axes at least with J columns along the second, as the
+            weights of linear layers and convolutions have their inputs; it takes no gradient either.
+
+    Returns:
+        [*shape].
+    """
+    merged: Tensor = _ColumnSum.apply(coefficients, base, deltas)
+    return merged
+
+
+class _ColumnSum(torch.autograd.Function):
+    """As `_WeightedSum`, column by column."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, coefficients: Tensor, base: Tensor, deltas: AnyDeltas
+    ) -> Tensor:
+        ctx.deltas, ctx.dtype = deltas, coefficients.dtype  # type: ignore[attr-defined]
+        merged = base.to(deltas.dtype).expand(deltas.shape[1:]).clone()
+        with torch.autocast(deltas.device.type, enabled=False):
+            for scales, delta in zip(coefficients.to(deltas.dtype).unbind(1), deltas, strict=True):
+                merged.addcmul_(delta, scales.view(-1, *[1] * (merged.dim() - 2)))
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        deltas: AnyDeltas = ctx.deltas  # type: ignore[attr-defined]
+        grad, rows = grad.to(deltas.dtype), [axis for axis in range(grad.dim()) if axis != 1]
+        with torch.autocast(deltas.device.type, enabled=False):
+            sums = torch.stack([(grad * delta).sum(rows) for delta in deltas], 1)
+        return sums.to(ctx.dtype), None, None  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from adamerge import InputError, TaskVectors
 from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
-from adamerge.ops import weighted_sum
+from adamerge.ops import column_sum, weighted_sum
 from adamerge.rules import Mean
 from modules.blocks import Blocks
 from modules.coefficients import USUAL_SCALE, Coefficients
@@ -75,7 +75,8 @@ class MergedModel(nn.Module):
             rows = tuple(name for name in rows if name not in routed)
             router.bind(sites, self.tasks, features, dtype, scale)
             self.routing = Routing(self, self._frozen.model, sites, router)
-        self.coefficients = coefficients.bind(rows, self.tasks, dtype, router is not None, scale)
+        shapes = {name: task_vectors.base[name].shape for name in rows}
+        self.coefficients = coefficients.bind(rows, self.tasks, dtype, router is not None, scale, shapes)
         self.router = router
         self.elements = elements
         if elements is not None:
@@ -210,10 +211,11 @@ class MergedModel(nn.Module):
 
     def _merge(self) -> Weights:
         frozen, rows, elements = self._frozen, self.coefficients.by_tensor(), self.elements
+        sums = {name: weighted_sum if row.dim() == 1 else column_sum for name, row in rows.items()}
         if elements is None:
-            return {name: weighted_sum(row, frozen.tensor(name), frozen.deltas[name]) for name, row in rows.items()}
+            return {name: sums[name](row, frozen.tensor(name), frozen.deltas[name]) for name, row in rows.items()}
         zero = next(iter(rows.values())).new_zeros(())
-        changes = {name: weighted_sum(row, zero, frozen.deltas[name]) for name, row in rows.items()}
+        changes = {name: sums[name](row, zero, frozen.deltas[name]) for name, row in rows.items()}
         return {name: frozen.tensor(name) + elements(name, change) for name, change in changes.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":

@@ -2,6 +2,7 @@
 
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune, LabelledData, fine_tune
+from trainers.frank_wolfe import FrankWolfe
 from trainers.programs import MGDA, BiLevel, Joint, Program, Weighted
 from trainers.streams import Stream
 
@@ -10,6 +11,7 @@ __all__ = [
     "Adaptation",
     "BiLevel",
     "FineTune",
+    "FrankWolfe",
     "Joint",
     "LabelledData",
     "Program",

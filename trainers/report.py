@@ -172,7 +172,7 @@ class Report(L.Callback):
         figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:
-        self.snapshots[trainer.global_step] = module.coefficients().detach().cpu().clone()
+        self.snapshots[trainer.global_step] = module.coefficients.means().cpu().clone()
 
     def _tick(self) -> None:
         now = time.monotonic()

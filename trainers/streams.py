@@ -31,6 +31,8 @@ class Stream(L.LightningDataModule):
         train_split: another split to adapt on, for objectives that are trained on training data.
         tasks_per_step: how many tasks a step takes images of; all tasks come once, in an order drawn anew, before one
             comes again. Default: all at every step.
+        per_task: adapt on that many images of each task (all of them, where there are fewer), drawn by the seed.
+            Default: all.
         held_out: fraction of that split that is scored and never adapted on; 0 scores all of it.
         seed: of the order of images.
         eval_batch_size: images per forward pass in evaluation.
@@ -47,6 +49,7 @@ class Stream(L.LightningDataModule):
         num_workers: int = 0,
         train_split: Split | None = None,
         tasks_per_step: int | None = None,
+        per_task: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -61,7 +64,9 @@ class Stream(L.LightningDataModule):
             )
         if tasks_per_step is not None and tasks_per_step < 1:
             raise InputError(f"tasks_per_step must be positive, got {tasks_per_step}")
-        self.train_split, self.tasks_per_step = train_split or split, tasks_per_step
+        if per_task is not None and per_task < 1:
+            raise InputError(f"per_task must be positive, got {per_task}")
+        self.train_split, self.tasks_per_step, self.per_task = train_split or split, tasks_per_step, per_task
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
 
@@ -73,7 +78,7 @@ class Stream(L.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        names = ("batch_size", "split", "train_split", "tasks_per_step", "held_out", "seed")
+        names = ("batch_size", "split", "train_split", "tasks_per_step", "per_task", "held_out", "seed")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def eval_tasks(self) -> dict[str, Dataset[Any]]:
@@ -110,11 +115,20 @@ class Stream(L.LightningDataModule):
             for split, images in ((self.split, dataset), (self.train_split, adapted)):
                 if not len(images):  # type: ignore[arg-type]
                     raise InputError(f"task {task!r} has no image in its {split} split")
-            parts[task] = (adapted, dataset)
+            scored = dataset
             if self.held_out:
                 adapt, held = split_held_out(len(dataset), self.held_out, self.seed)  # type: ignore[arg-type]
-                parts[task] = (Part(dataset, adapt), Part(dataset, held))
+                adapted, scored = Part(dataset, adapt), Part(dataset, held)
+            parts[task] = (self._few(task, adapted), scored)
         return parts
+
+    def _few(self, task: str, dataset: Dataset[Any]) -> Dataset[Any]:
+        """`per_task` images of a data set."""
+        count = len(dataset)  # type: ignore[arg-type]
+        if self.per_task is None or self.per_task >= count:
+            return dataset
+        drawn = torch.randperm(count, generator=generator(self.seed, task, "few"))[: self.per_task]
+        return Part(dataset, drawn.sort().values)
 
 
 class Part(Dataset[tuple[Tensor, int]]):

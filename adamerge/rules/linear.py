@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adamerge.coefficients import CoefficientTable, read_coefficients
 from adamerge.errors import InputError
-from adamerge.ops import matrix
+from adamerge.ops import column_sum, matrix
 from adamerge.rules.base import Rule
 
 
@@ -32,9 +32,9 @@ class Mean(Rule):
 
 
 class LearnedCoefficients(Rule):
-    """Σₖ λₖ τₖ with coefficients by tensor and task, as an adaptation run leaves them in `coefficients.json`.
+    """Σₖ λₖ τₖ with coefficients by tensor (or column) and task, as a run leaves them in `coefficients.json`.
 
-    Raises InputError where a task or tensor that differs from the base has no coefficient.
+    Raises InputError where a task or tensor that differs from the base has no coefficient, or one of another width.
     """
 
     def __init__(self, table: CoefficientTable | str | Path) -> None:
@@ -49,5 +49,9 @@ class LearnedCoefficients(Rule):
             if bool(deltas.any()):
                 raise InputError(f"no coefficient for tensor {name}, which the experts changed")
             return deltas.new_zeros(deltas.shape[1:])
-        row = deltas.new_tensor([self.table.rows[name][task] for task in tasks])
-        return (row @ matrix(deltas)).view(deltas.shape[1:])
+        row = self.table.tensor(name, tasks).to(deltas)
+        if row.dim() == 1:
+            return (row @ matrix(deltas)).view(deltas.shape[1:])
+        if row.shape[0] != deltas.shape[2:3].numel() or deltas.dim() < 3:
+            raise InputError(f"{name} has {row.shape[0]} coefficients per task, and shape {list(deltas.shape[1:])}")
+        return column_sum(row, torch.zeros_like(deltas[0]), deltas)

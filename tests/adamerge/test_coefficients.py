@@ -55,6 +55,14 @@ def test_a_row_in_the_order_of_the_tasks():
     assert TABLE.tensor("s", ("signs", "digits")).tolist() == [12345678.9, 1 / 3]
 
 
+def test_columns_read_back_exactly(tmp_path):
+    table = CoefficientTable({"w": {"a": [0.1 + 0.2, 1 / 3], "b": [1e-310, -2.0]}, "v": {"a": 1.0, "b": 2.0}})
+    write_coefficients(table, tmp_path / "c.json")
+    again = read_coefficients(tmp_path / "c.json")
+    assert again == table
+    assert again.tensor("w", ("b", "a")).tolist() == [[1e-310, 0.1 + 0.2], [-2.0, 1 / 3]]
+
+
 def test_rows_may_name_the_tasks_in_any_order():
     table = CoefficientTable({"w": {"a": 1.0, "b": 2.0}, "v": {"b": 4.0, "a": 3.0}})
     assert table.tensor("v", table.tasks).tolist() == [3.0, 4.0]
@@ -68,8 +76,12 @@ def test_rows_may_name_the_tasks_in_any_order():
         ({"w": {"a": 1.0, "b": 2.0}, "v": {"a": 1.0}}, r"coefficients of v are for tasks \['a'\]"),
         ({"w": {"a": float("nan")}}, "coefficients of w are not all finite"),
         ({"w": {"a": float("inf")}}, "coefficients of w are not all finite"),
+        ({"w": {"a": [0.1, float("nan")]}}, "coefficients of w are not all finite"),
+        ({"w": {"a": []}}, "coefficients of w are not all finite"),
+        ({"w": {"a": [0.1, 0.2], "b": [0.1]}}, "coefficients of w differ in their number of columns"),
+        ({"w": {"a": [0.1], "b": 0.1}}, "coefficients of w differ in their number of columns"),
     ],
-    ids=["empty", "other task", "missing task", "nan", "infinite"],
+    ids=["empty", "other task", "missing task", "nan", "infinite", "nan column", "no column", "columns", "a number"],
 )
 def test_a_table_that_does_not_hold_together_is_refused(rows, message):
     with pytest.raises(InputError, match=message):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adamerge.ops import weighted_sum
+from adamerge.deltas import LowRank, Sparse
+from adamerge.ops import column_sum, weighted_sum
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 2, 2), (0, 3)]
 
@@ -83,3 +84,43 @@ def test_no_product_of_an_expert_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         weighted_sum(coefficients, base, deltas)
     assert saved == []
+
+
+MATRICES = [shape for shape in SHAPES if len(shape) > 1 and 0 not in shape] + [(4, 1), (2, 5, 3)]
+
+
+def columns(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(shape[1], 3, dtype=torch.float64, requires_grad=True), *inputs(shape)[1:]
+
+
+def column_chain(coefficients, base, deltas):
+    """The sum over experts of their products with the columns' coefficients, as autograd sees it."""
+    return base + torch.einsum("jk,koj...->oj...", coefficients, deltas)
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_columns_are_weighted_by_their_own_coefficients(shape):
+    coefficients, base, deltas = columns(shape)
+    assert_close(column_sum(coefficients, base, deltas), column_chain(coefficients, base, deltas))
+    assert torch.autograd.gradcheck(column_sum, (coefficients, base, deltas))
+    same = coefficients[:1].expand_as(coefficients)
+    assert_close(column_sum(same, base, deltas), weighted_sum(coefficients[0], base, deltas))
+
+
+@pytest.mark.parametrize("form", [Sparse.from_dense, lambda deltas: LowRank.from_dense(deltas, 3)])
+def test_columns_of_compressed_deltas(form):
+    coefficients, base, deltas = columns((3, 4))
+    target = torch.randn(3, 4, dtype=torch.float64)
+    values = [column_sum(coefficients, base, each) for each in (form(deltas), deltas)]
+    grads = [torch.autograd.grad((value - target).square().sum(), coefficients)[0] for value in values]
+    assert_close(values[0], values[1])
+    assert_close(grads[0], grads[1])
+
+
+def test_columns_keep_the_dtype_of_their_coefficients_and_save_nothing():
+    saved = []
+    coefficients = torch.randn(4, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        merged = column_sum(coefficients, torch.randn(2, 4).double(), torch.randn(3, 2, 4).double())
+    merged.sum().backward()
+    assert (merged.dtype, coefficients.grad.dtype, saved) == (torch.float64, torch.float32, [])

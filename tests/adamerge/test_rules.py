@@ -83,6 +83,22 @@ def test_coefficients_for_other_tasks_are_refused(tv):
         merge(tv, rules=[LearnedCoefficients(table)])
 
 
+def test_columns_are_weighted_by_their_own_coefficients(tv, base, experts):
+    rows = {name: dict.fromkeys(TASKS, 0.5) for name in NAMES}
+    rows["0.weight"] = {task: [float(j == k) for j in range(6)] for k, task in enumerate(TASKS)}
+    merged = merge(tv, rules=[LearnedCoefficients(CoefficientTable(rows))])["0.weight"]
+    for k, task in enumerate(TASKS):
+        assert torch.equal(merged[:, k], experts[task]["0.weight"][:, k])
+    assert torch.equal(merged[:, 3:], base["0.weight"][:, 3:])
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_columns_of_another_width_are_named(tv, name):
+    rows = {**one_hot("digits").rows, name: {task: [0.1, 0.2] for task in TASKS}}
+    with pytest.raises(InputError, match=rf"{name} has 2 coefficients per task, and shape"):
+        merge(tv, rules=[LearnedCoefficients(CoefficientTable(rows))])
+
+
 def test_a_changed_tensor_without_coefficients_is_named(tv):
     rows = dict(one_hot("digits").rows)
     del rows["2.bias"]

@@ -76,6 +76,9 @@ def test_clamp_lets_a_value_come_back_but_not_leave_further():
         ({"bound": "clamp", "init": [0.1, 1.2, 0.3]}, r"init 1\.2 is not possible under bound 'clamp'"),
         ({"init": [0.1, 0.2]}, r"init has shape \[2\]; expected one number, 3 numbers"),
         ({"init": math.nan}, "any number"),
+        ({"bound": "simplex", "init": 0.3}, r"sum to 1 over the tasks, such as 1/K = 0\.3333, none of them negative"),
+        ({"bound": "simplex", "init": [1.5, -0.5, 0.0]}, "init -0.5 is not possible under bound 'simplex'"),
+        ({"only": "attn"}, "no tensor matches only='attn': nothing learns; there is stem.weight, for one"),
     ],
 )
 def test_impossible_starts_are_named(kwargs, message):
@@ -115,3 +118,83 @@ def test_values_can_be_fixed_for_a_while():
     with coefficients.at(values):
         torch.testing.assert_close(coefficients(), values)
     torch.testing.assert_close(coefficients(), torch.full((5, 3), 0.3))
+
+
+# -- a coefficient per column ----------------------------------------------------------------------------------------
+
+SHAPES = {"stem.weight": (4, 3, 2, 2), "blocks.0.fc.weight": (5, 4), "blocks.0.fc.bias": (5,)}
+SHAPES |= {"blocks.1.fc.weight": (4, 1), "norm.weight": ()}
+
+
+def columns(**kwargs) -> Coefficients:
+    return Coefficients("column", **kwargs).bind(ROWS, TASKS, shapes=SHAPES)
+
+
+def test_every_column_of_a_matrix_has_a_row_and_every_vector_one():
+    coefficients = columns()
+    assert coefficients.groups == ROWS
+    assert coefficients.raw.shape == (3 + 4 + 1 + 1 + 1, 3)
+    with torch.no_grad():
+        coefficients.raw.copy_(torch.randn(10, 3))
+    values = coefficients.by_tensor()
+    assert [list(value.shape) for value in values.values()] == [[3, 3], [4, 3], [3], [3], [3]]
+    torch.testing.assert_close(values["blocks.0.fc.weight"], coefficients.raw[3:7])
+    torch.testing.assert_close(coefficients.means()[1], coefficients.raw[3:7].mean(0))
+
+
+@pytest.mark.parametrize("name", ["softmax", "simplex"])
+def test_bounds_hold_for_every_column(name):
+    coefficients = columns(bound=name)
+    with torch.no_grad():
+        coefficients.raw.copy_(torch.randn(10, 3))
+    torch.testing.assert_close(coefficients().sum(1), torch.ones(10))
+
+
+def test_columns_start_at_what_a_file_says(tmp_path):
+    first = columns()
+    with torch.no_grad():
+        first.raw.copy_(torch.randn(10, 3))
+    write_coefficients(first.table(), tmp_path / "columns.json")
+    init = str(tmp_path / "columns.json")
+    assert torch.equal(columns(init=init)(), first())
+    torch.testing.assert_close(bound(init=init)(), first.means())  # by tensor: the mean of its columns
+    write_coefficients(bound(init=[0.1, 0.2, 0.3]).table(), tmp_path / "tensors.json")
+    assert columns(init=str(tmp_path / "tensors.json"))()[5].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    with pytest.raises(InputError, match=r"columns\.json has 4 columns for blocks\.0\.fc\.weight, which has 7 here"):
+        Coefficients("column", init=init).bind(ROWS, TASKS, shapes={**SHAPES, "blocks.0.fc.weight": (5, 7)})
+
+
+def test_the_mean_is_a_start():
+    torch.testing.assert_close(bound(init="mean")(), torch.full((5, 3), 1 / 3))
+    Coefficients(init="mean").check(TASKS)
+
+
+# -- some tensors alone learn ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grain", ["model", "block", "tensor", "column"])
+@pytest.mark.parametrize("name", ["none", "clamp", "softmax", "simplex", "tanh"])
+def test_only_some_tensors_learn_and_the_others_stay(grain, name):
+    coefficients = Coefficients(grain, name, only=r"fc\.weight").bind(ROWS, TASKS, shapes=SHAPES)
+    start = {n: value.clone() for n, value in coefficients.by_tensor().items()}
+    rows = {"model": 1, "block": 2, "tensor": 2, "column": 5}[grain]
+    assert [list(p.shape) for p in coefficients.parameters()] == [[rows, 3]]
+    steps = torch.optim.AdamW(coefficients.parameters(), lr=0.1, weight_decay=0.5)
+    sum((value * torch.randn(value.shape)).sum() for value in coefficients.by_tensor().values()).backward()
+    steps.step()
+    for n, value in coefficients.by_tensor().items():
+        assert value.requires_grad == ("fc.weight" in n)
+        assert torch.equal(value, start[n]) == ("fc.weight" not in n)
+
+
+def test_what_does_not_learn_begins_where_it_should():
+    coefficients = bound(only="bias", init=torch.arange(15.0).view(5, 3))
+    assert coefficients().tolist() == torch.arange(15.0).view(5, 3).tolist()
+    assert coefficients.raw.tolist() == [[6, 7, 8]]
+    assert coefficients.groups[1:3] == ("blocks.0.fc.weight (fixed)", "blocks.0.fc.bias")
+    assert list(coefficients.state_dict()) == ["raw"]
+
+
+def test_a_pattern_that_is_none_is_refused_before_work_starts():
+    with pytest.raises(InputError, match=r"only='attn\(' is no regular expression"):
+        Coefficients(only="attn(").check(TASKS)

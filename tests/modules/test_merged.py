@@ -257,3 +257,32 @@ def test_a_model_of_another_shape_is_refused():
 def test_moving_to_another_precision_moves_everything():
     merged, x = small()
     assert merged.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES)
+def test_columns_merge_as_the_file_of_their_coefficients_says(make, tmp_path):
+    model, inputs = make()
+    vectors = TaskVectors.from_state_dicts(model.state_dict(), {t: expert_of(model, k) for k, t in enumerate(TASKS, 1)})
+    merged = MergedModel(model, vectors, Coefficients("column"))
+    with torch.no_grad():
+        merged.coefficients.raw.copy_(torch.rand(merged.coefficients.raw.shape))
+    write_coefficients(merged.coefficients.table(), tmp_path / "c.json")
+    expected = merge(vectors, [LearnedCoefficients(tmp_path / "c.json")])
+    state = merged.merged_state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+    output(merged(**inputs)).square().sum().backward()
+    assert bool((merged.coefficients.raw.grad != 0).float().mean() > 0.5)
+
+
+def test_tensors_whose_coefficients_stay_take_no_gradient():
+    model, inputs = mlp()
+    vectors = TaskVectors.from_state_dicts(model.state_dict(), {t: expert_of(model, k) for k, t in enumerate(TASKS, 1)})
+    merged = MergedModel(model, vectors, Coefficients("tensor", only=r"^0\."))
+    whole = MergedModel(model, vectors, Coefficients("tensor"))
+    assert {name: w.requires_grad for name, w in merged.weights().items()} == {
+        "0.weight": True, "0.bias": True, "3.weight": False, "3.bias": False
+    }  # fmt: skip
+    for each in (merged, whole):
+        each(**inputs).square().sum().backward()
+    torch.testing.assert_close(merged.coefficients.raw.grad, whole.coefficients.raw.grad[:2])

@@ -40,6 +40,9 @@ COEFFICIENTS = {
     "block, clamp": lambda: Coefficients("block", "clamp"),
     "model, softmax": lambda: Coefficients("model", "softmax"),
     "tensor, sigmoid": lambda: Coefficients("tensor", "sigmoid"),
+    "column": lambda: Coefficients("column", init="mean"),
+    "tensor, simplex": lambda: Coefficients("tensor", "simplex"),
+    "column, tanh, weights": lambda: Coefficients("column", "tanh", only="weight"),
 }
 ROUTERS = {
     "no router": lambda: None,

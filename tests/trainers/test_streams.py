@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_suite import TinySuite
 
 from adamerge import InputError
-from trainers import Stream
+from trainers import Adaptation, Stream
 from trainers.seeding import generator
 from trainers.streams import EvalChunks, Part, StepLoader, StreamSteps
 
@@ -91,7 +93,11 @@ def test_held_out_images_are_scored_and_never_adapted_on(adapt):
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"held_out": 1.0}, r"fraction in \[0, 1\), got 1.0"), ({"batch_size": 0}, "batch sizes must be positive")],
+    [
+        ({"held_out": 1.0}, r"fraction in \[0, 1\), got 1.0"),
+        ({"batch_size": 0}, "batch sizes must be positive"),
+        ({"per_task": 0}, "per_task must be positive, got 0"),
+    ],
 )
 def test_impossible_settings(kwargs, message):
     with pytest.raises(InputError, match=message):
@@ -242,3 +248,43 @@ def test_a_split_without_images_is_named(adapt, monkeypatch, split, empty):
     monkeypatch.setattr(TinySuite, "dataset", dataset)
     with pytest.raises(InputError, match=f"task 'two' has no image in its {empty} split"):
         adapt(steps=1, stream=Stream(batch_size=4, train_split=split))
+
+
+# -- few images a task ---------------------------------------------------------------------------------------------
+
+
+def few(suite, count: int | None, **kwargs) -> Stream:
+    stream = Stream(per_task=count, **kwargs)
+    stream.trainer = SimpleNamespace(lightning_module=SimpleNamespace(suite=suite))
+    return stream
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"train_split": "train"}, {"held_out": 0.5}])
+def test_few_images_a_task_are_drawn_by_the_seed_and_all_are_scored(suite, kwargs):
+    whole, parts, again = (few(suite, n, **kwargs)._parts() for n in (None, 7, 7))
+    other = few(suite, 7, seed=1, **({} if "held_out" in kwargs else kwargs))._parts()
+    for task in suite.tasks:
+        drawn = parts[task][0]
+        assert len(drawn) == 7
+        assert len(drawn.indices.unique()) == 7
+        assert torch.equal(drawn.indices, again[task][0].indices)
+        assert not torch.equal(drawn.indices, other[task][0].indices)
+        assert torch.equal(drawn[3][0], whole[task][0][int(drawn.indices[3])][0])
+        assert len(parts[task][1]) == len(whole[task][1])
+    assert len({tuple(parts[task][0].indices.tolist()) for task in suite.tasks}) == 3
+
+
+def test_where_there_are_fewer_images_all_are_taken(suite):
+    assert len(few(suite, 100)._parts()["one"][0]) == 23
+
+
+def test_a_run_sees_the_few_images_alone(suite, adapt):
+    seen = set()
+
+    class Watched(Adaptation):
+        def training_step(self, batch, batch_idx):
+            seen.update(tuple(image.flatten().tolist()) for image in batch["one"]["images"])
+            return super().training_step(batch, batch_idx)
+
+    adapt(steps=12, module=Watched(suite), stream=Stream(4, per_task=6, train_split="train"))
+    assert len(seen) == 6
