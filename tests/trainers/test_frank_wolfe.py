@@ -117,6 +117,7 @@ def test_the_first_step_takes_every_tensor_of_the_expert_that_the_gradient_point
     assert len(chosen) > 1
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_resumed_run_ends_where_an_undisturbed_one_ends(adapt, tmp_path):
     kwargs = {"optimizer": FrankWolfe, "objective": Entropy()}
 

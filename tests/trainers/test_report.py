@@ -31,6 +31,10 @@ METHODS = {
         lambda: {"coefficients": Coefficients("model")}, {}, ALWAYS,
         "Learns 3 numbers (3 of the coefficients) from: images, the task of each image; no labels",
     ),
+    "columns of some tensors": (
+        lambda: {"coefficients": Coefficients("column", only=r"attn\.proj")}, {}, ALWAYS,
+        "Learns 54 numbers (54 of the coefficients) from: images, the task of each image; no labels",
+    ),
     "surgery": (
         lambda: {
             "coefficients": Coefficients("model"), "correction": Surgery(rank=2),
@@ -125,7 +129,9 @@ def test_every_method_leaves_its_results_and_figures(adapt, tmp_path, name, suit
     assert results["method"]["phases"][-1]["objective"]["name"] == type(module.phases[-1].objective).__name__
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"progress.png", "accuracy.png"} <= figures
-    assert ("coefficients.png" in figures) == (name in ("adamerging", "surgery", "supervised"))
+    assert ("coefficients.png" in figures) == (
+        name in ("adamerging", "columns of some tensors", "surgery", "supervised")
+    )
 
 
 def test_a_resumed_run_that_is_done_already_reports_all_the_same(adapt, tmp_path):
