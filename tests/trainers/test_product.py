@@ -42,7 +42,7 @@ COEFFICIENTS = {
     "tensor, sigmoid": lambda: Coefficients("tensor", "sigmoid"),
     "column": lambda: Coefficients("column", init="mean"),
     "tensor, simplex": lambda: Coefficients("tensor", "simplex"),
-    "column, tanh, weights": lambda: Coefficients("column", "tanh", only="weight"),
+    "column, tanh, some": lambda: Coefficients("column", "tanh", only="pos|weight"),
 }
 ROUTERS = {
     "no router": lambda: None,
