@@ -122,6 +122,14 @@ class Coefficients(nn.Module):
         values = bounded(self.bound, self.raw)
         return self.start.index_copy(0, self.index, values) if self.fixed else values
 
+    @torch.no_grad()
+    def saturated(self, margin: float = 0.01) -> float:
+        """The fraction of effective values within a margin of a bound; 0 where there is none."""
+        if self.bound == "none":
+            return 0.0
+        values, low = self(), -1 if self.bound == "tanh" else 0
+        return float(((values <= low + margin) | (values >= 1 - margin)).float().mean())
+
     @contextmanager
     def at(self, values: Tensor | None) -> Iterator[None]:
         """Within the block, the effective coefficients are `values` [rows, K] (`None`: the current ones)."""

@@ -36,27 +36,36 @@ class Entropy(Objective):
     Args:
         eps: added inside the logarithm; 1e-8 reproduces published runs, 0 is exact.
         below: keep images alone whose entropy is below this fraction of log C; default: all.
+        normalise: divide by log C, so that a task of many classes weighs no more than one of few.
     """
 
-    def __init__(self, eps: float = 0.0, below: float | None = None) -> None:
+    def __init__(self, eps: float = 0.0, below: float | None = None, normalise: bool = False) -> None:
         super().__init__()
-        self.eps, self.below = eps, below
+        self.eps, self.below, self.normalise = eps, below, normalise
 
     def forward(self, view: View) -> Tensor:
-        losses = objectives.entropy(view.logits, self.eps)
-        if self.below is None:
-            return losses
-        return objectives.kept_mean(losses, losses.detach() < self.below * math.log(view.logits.shape[-1]))
+        losses, most = objectives.entropy(view.logits, self.eps), math.log(view.logits.shape[-1])
+        if self.below is not None:
+            losses = objectives.kept_mean(losses, losses.detach() < self.below * most)
+        return losses / most if self.normalise else losses
 
 
 class Diversity(Objective):
     """−H(mean_b p_b): minus the entropy of a batch's mean prediction, the same for each of its images.
 
     Added to `Entropy` (by `Sum`), it stops a batch from being put into one class.
+
+    Args:
+        normalise: divide by log C.
     """
 
+    def __init__(self, normalise: bool = False) -> None:
+        super().__init__()
+        self.normalise = normalise
+
     def forward(self, view: View) -> Tensor:
-        return -objectives.marginal_entropy(view.logits).expand(len(view.logits))
+        loss = -objectives.marginal_entropy(view.logits).expand(len(view.logits))
+        return loss / math.log(view.logits.shape[-1]) if self.normalise else loss
 
 
 class PseudoLabels(Objective):

@@ -99,6 +99,15 @@ def test_entropy_of_confident_images_alone(view):
     assert_close(Entropy(below=1.0)(view), losses)
 
 
+@pytest.mark.parametrize("below", [None, 0.9])
+def test_normalised_terms_are_fractions_of_log_c(view, below):
+    assert_close(Entropy(below=below, normalise=True)(view) * math.log(3), Entropy(below=below)(view))
+    assert_close(Diversity(normalise=True)(view) * math.log(3), Diversity()(view))
+    for classes in (2, 7):
+        alike = SimpleNamespace(logits=torch.zeros(4, classes))
+        assert_close(Entropy(normalise=True)(alike), torch.ones(4))
+
+
 @pytest.mark.parametrize("objective", [Entropy(below=0.0), PseudoLabels(filter=True)], ids=["Entropy", "PseudoLabels"])
 def test_a_filter_that_keeps_nothing_is_zero_with_a_gradient_of_zero(view, objective):
     view.logits = log_of([0.1, 0.9], [0.2, 0.8]).requires_grad_()
