@@ -192,21 +192,22 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
-            losses, entropies = self.phase.stepper.losses(self, batch)
+            losses, logits = self.phase.stepper.losses(self, batch)
         loss = torch.stack(list(losses.values())).sum()
         values = {task: value.detach() for task, value in losses.items()}
         self.log("loss", loss.detach(), prog_bar=True)
         self.log_dict({f"loss/{task}": value for task, value in values.items()})
-        self.log_dict({f"entropy/{task}": value for task, value in entropies.items()})
+        self.log_dict({f"entropy/{task}": entropy(value).mean() for task, value in logits.items()})
         absent = torch.full_like(loss.detach(), torch.nan)
-        return {"loss": loss, "losses": torch.stack([values.get(task, absent) for task in self.suite.tasks])}
+        by_task = torch.stack([values.get(task, absent) for task in self.suite.tasks])
+        return {"loss": loss, "losses": by_task, "logits": logits}
 
     def losses(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Losses:
-        """Each task's mean loss, weighted if asked for, and the mean entropy of its predictions.
+        """Each task's mean loss, weighted if asked for, and its logits if the objective has seen them.
 
         The plain sum of the losses takes the backward pass.
         """
-        entropies: dict[str, Tensor] = {}
+        logits: dict[str, Tensor] = {}
 
         def loss(task: str, passed: Pass | None = None) -> Tensor:
             view = self.view(task, batch[task], passed)
@@ -215,16 +216,16 @@ class Adaptation(LearningModule):
                 learning = self.learning(self.phase)
                 raise useless(learning[0], self.phase, learning)
             if "logits" in vars(view):
-                entropies[task] = entropy(view.logits.detach()).mean()
+                logits[task] = view.logits.detach()
             return value
 
         if self.micro_batches:
             merged = set(map(id, self.merged.behind()))
             others = [p for _, p in self.learned() if id(p) not in merged]
             values = self.merged.in_parts((partial(loss, task) for task in batch), others)
-            return dict(zip(batch, values, strict=True)), entropies
+            return dict(zip(batch, values, strict=True)), logits
         passed = self.passing(batch)
-        return {task: loss(task, passed) for task in batch}, entropies
+        return {task: loss(task, passed) for task in batch}, logits
 
     def view(self, task: str, part: Mapping[str, Tensor], passed: Pass | None = None) -> View:
         """What objectives see of one task's part of a batch, by a forward pass of its own or one that is shared."""

@@ -67,7 +67,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
+        if self.save_last:  # even of a step that is saved already: a guard may have gone back
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 

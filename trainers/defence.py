@@ -51,14 +51,14 @@ class Adversarial(Program):
         with torch.no_grad(), run.merged.holding(run.merged.weights()):
             predicted = {task: logits.argmax(-1) for task, logits in _logits(run, images).items()}
             self._ascend(run, images, predicted)
-        losses, entropies = self.inner.losses(run, batch)
+        losses, seen = self.inner.losses(run, batch)
         for task, logits in _logits(run, {t: x + self.deltas[t] for t, x in images.items()}).items():
             if self.term == "entropy":
                 attacked = objectives.entropy(logits)
             else:
                 attacked = objectives.cross_entropy(logits, predicted[task])
             losses[task] = losses[task] + self.alpha * attacked.mean()
-        return losses, entropies
+        return losses, seen
 
     def _ascend(self, run: "Adaptation", images: Mapping[str, Tensor], predicted: Mapping[str, Tensor]) -> None:
         """One step of every δ_t along its normalised gradient, then back into the ball; the weights are held."""

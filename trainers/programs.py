@@ -14,7 +14,7 @@ from trainers.streams import Batch
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation
 
-#: Each task's mean loss, and each task's mean entropy of predictions as far as they were computed.
+#: Each task's mean loss, and each task's logits [B, C], without a gradient, as far as they were computed.
 Losses = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -141,20 +141,20 @@ class MGDA(Program):
 
     def losses(self, run: "Adaptation", batch: Batch) -> Losses:
         parameters = [p for _, p in run.learned() if p.requires_grad]
-        losses, entropies, gradients = {}, {}, []
+        losses, logits, gradients = {}, {}, []
         with run.merged.holding(run.merged.weights()):
             for task, part in batch.items():
-                own, entropy = run.losses({task: part})
+                own, seen = run.losses({task: part})
                 # The merge is shared by all tasks, and nothing of it is kept but references to the task vectors.
                 found = torch.autograd.grad(own[task], parameters, retain_graph=True, materialize_grads=True)
                 gradients.append([average(run, gradient) for gradient in found])
                 losses[task] = own[task].detach()
-                entropies.update(entropy)
+                logits.update(seen)
         flat = torch.stack([torch.cat([g.flatten() for g in gradient]) for gradient in gradients])
         weights = shortest(flat.double() @ flat.double().T).to(flat.dtype)
         combined = [torch.tensordot(weights, torch.stack(each), 1) for each in zip(*gradients, strict=True)]
         handed = hand_on(combined, list(losses.values()), parameters)
-        return dict(zip(losses, handed, strict=True)), entropies
+        return dict(zip(losses, handed, strict=True)), logits
 
 
 def shortest(gram: Tensor, iterations: int = 1000) -> Tensor:

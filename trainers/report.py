@@ -17,6 +17,7 @@ from adamerge import write_coefficients
 from trainers import figures
 from trainers.adaptation import Adaptation
 from trainers.evaluation import Accuracy, accuracy, reference_rows
+from trainers.guards import Guard
 from trainers.results import Results
 from trainers.streams import Stream
 
@@ -147,6 +148,7 @@ class Report(L.Callback):
             "method": module.describe(),
             "suite_arguments": module.hparams.get("suite", {}).get("init_args", {}),
             "stream": stream.describe(),
+            "guards": [guard.describe() for guard in guards(module)],
             "trainer": {
                 "precision": trainer.precision,
                 "processes": trainer.world_size,
@@ -180,11 +182,18 @@ class Report(L.Callback):
 
 
 def information(module: Adaptation, stream: Any) -> set[str]:
-    """What a run is told: the images, and whatever its objectives and its stream add."""
+    """What a run is told: the images, and whatever its objectives, its guards and its stream add."""
     told = {"images"}.union(*(phase.objective.needs for phase in module.phases))
+    told = told.union(*(guard.needs for guard in guards(module)))
     if isinstance(stream, Stream):
         told |= {"task id", "train data"} if stream.train_split == "train" else {"task id"}
     return told
+
+
+def guards(module: Adaptation) -> list[Guard]:
+    """The guards of a run."""
+    callbacks = module._trainer.callbacks if module._trainer else []  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Guard)]
 
 
 def budget(module: Adaptation, stream: Any) -> str:
