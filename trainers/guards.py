@@ -109,7 +109,7 @@ class Guard(L.Callback):
             raise InputError("a guard compares snapshots on images of a trainers.Stream: give one, or no keep")
         if trainer.global_step == 0:
             self.seen = Seen()
-        elif self.seen.left:
+        elif self.seen.left:  # resumed after its end, to be made longer
             pl_module.load_state_dict(self.seen.left)
             self.seen.left = {}
         if self.seen.stopped:
@@ -159,7 +159,7 @@ class Guard(L.Callback):
         found = {}
         for task, own in self.seen.counts.items():
             counts = trainer.strategy.reduce(own.to(module.device), reduce_op="sum")
-            if (share := float(counts.max() / counts.sum())) >= self.one_class:
+            if (share := float(counts.max() / counts.sum())) >= self.one_class and len(counts) > 1:
                 label = module.suite.classes(task)[int(counts.argmax())]
                 found[f"class {task}"] = f"{task}: {100 * share:.0f} % of the stream is predicted as class {label}"
         self.seen.counts = {}
