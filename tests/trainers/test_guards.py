@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from tiny_suite import TinySuite
 from adamerge import InputError
 from modules import BlockRouter, Coefficients, Entropy, Objective, PseudoLabels, RepresentationL1, Surgery
 from trainers import Adaptation, Stream
+from trainers.cli import main
 from trainers.guards import Guard, evaluating
 from trainers.phases import Phase
 from trainers.report import Report, information
 
+ROOT = Path(__file__).resolve().parents[2]
 EXISTS = "ignore:Checkpoint directory .* exists and is not empty"
 FAST = partial(torch.optim.SGD, lr=3.0)
 
@@ -236,3 +240,21 @@ def test_phases_are_compared_by_one_criterion(adapt):
     phases = [Phase(Entropy(), ["coefficients"], 0.5), Phase(PseudoLabels(), ["heads"])]
     adapt(steps=4, callbacks=[guard := Guard(every=1, keep="agreement")], phases=phases, coefficients=Coefficients())
     assert list(guard.seen.scores) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_on_a_stream_that_makes_entropy_collapse_the_robust_overlay_keeps_what_there_was(tmp_path, monkeypatch):
+    """Suite Mini, a single image per task and step, large steps: within half a point of the better of start and end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = ["--model.init_args.suite.init_args.tasks=[digits, print, signs]", "--data.init_args.batch_size=1"]
+    arguments += ["--model.init_args.learning_rates.coefficients=0.1", "--trainer.max_steps=60"]
+    rows = {}
+    for method in ("adamerging", "robust"):
+        configs = [f"--config={ROOT}/configs/{name}.yaml" for name in ("suites/mini", f"methods/{method}")]
+        main(["fit", *configs, *arguments, "--report.references=false", "--report.figures=false", f"--name={method}"])
+        results = json.loads((tmp_path / f"runs/{method}/results.json").read_text())
+        rows[method] = {row["method"].split(", ")[1]: row["average"] for row in results["rows"]}
+    assert rows["adamerging"]["adapted"] < rows["adamerging"]["start"] - 0.02
+    assert rows["robust"]["adapted"] >= max(rows["adamerging"].values()) - 0.005
