@@ -198,3 +198,19 @@ def test_what_does_not_learn_begins_where_it_should():
 def test_a_pattern_that_is_none_is_refused_before_work_starts():
     with pytest.raises(InputError, match=r"only='attn\(' is no regular expression"):
         Coefficients(only="attn(").check(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("bound", "raw", "fraction"),
+    [
+        ("none", [[-5.0, 5.0]], 0.0),
+        ("clamp", [[-5.0, 0.5], [1.0, 0.3]], 0.5),
+        ("sigmoid", [[-9.0, 0.0]], 0.5),
+        ("tanh", [[-9.0, 0.0]], 0.5),
+        ("softmax", [[9.0, 0.0], [1.0, 0.0]], 0.5),
+    ],
+)
+def test_saturation_is_the_share_of_values_at_a_bound(bound, raw, fraction):
+    coefficients = Coefficients("tensor", bound).bind([str(n) for n in range(len(raw))], ["a", "b"])
+    coefficients.raw.data.copy_(torch.tensor(raw))
+    assert coefficients.saturated() == fraction
