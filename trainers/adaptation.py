@@ -121,7 +121,7 @@ class Adaptation(LearningModule):
             self.correction.bind(self.model, features, sample.to(self.model.coefficients.raw))
         self.heads.update(heads)
         # Not in the module tree: a teacher never changes, whatever its head's copy learns.
-        self._teachers = {task: Head(head.weights()) for task, head in heads.items()}
+        self.teachers = {task: Head(head.weights()) for task, head in heads.items()}
         self.score({task: self.suite.classes(task) for task in self.suite.tasks}, others=self.task_id == "inferred")
         self.choose(set().union(*map(self.learning, self.phases)))
 
@@ -230,7 +230,7 @@ class Adaptation(LearningModule):
     def view(self, task: str, part: Mapping[str, Tensor], passed: Pass | None = None) -> View:
         """What objectives see of one task's part of a batch, by a forward pass of its own or one that is shared."""
         passed = passed or self.passing({task: part})
-        return View(task, part, passed, self.heads, self.correction, self.known, self._teachers)
+        return View(task, part, passed, self.heads, self.correction, self.known, self.teachers)
 
     def passing(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Pass:
         """One forward pass over all images of a batch, made when a view asks for it."""

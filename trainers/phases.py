@@ -151,5 +151,6 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
     if "teacher" in objective.needs:
         experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
         for task in run.suite.tasks:
+            run.teachers[task].to(run.device)
             experts.load(vectors.expert(task))
             keep("expert", task, experts)
