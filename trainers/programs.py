@@ -56,7 +56,8 @@ class BiLevel(Program):
     loss at λ', now a constant, takes the backward pass. λ itself stays where it is.
 
     Args:
-        lr: η.
+        lr: η, in units of the largest |λ|. Published code has η = 1 for λ = 0.3, which clamps λ' to 0 or 1: far outside
+            of what an expert's scale of 0.1 allows.
         stale: the published order: g is taken at the weights of the step before, merged with its λ'. The paper has λ.
     """
 
@@ -79,7 +80,7 @@ class BiLevel(Program):
             raw.copy_(start if self._last is None else self._last)
         step = self._gradient(run, inner)
         with torch.no_grad():
-            raw.copy_(start - self.lr * step / (step.abs() + 1e-8))
+            raw.copy_(start - self.lr * start.abs().max() * step / (step.abs() + 1e-8))
             self._last = raw.detach().clone() if self.stale else None
         try:
             return run.losses(outer)

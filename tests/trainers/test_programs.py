@@ -49,7 +49,7 @@ class Spy(BiLevel):
 
 
 def test_a_bi_level_step_is_taken_where_the_inner_step_leads(adapt):
-    spy = Spy(lr=0.05)
+    spy = Spy(lr=0.05 / 0.3)
     module, _ = adapt(steps=1, elements=ConcreteMask(), learn=["elements"], program=spy, optimizer=SGD)
     (inner, at_inner), (outer, at_outer) = spy.seen
     start = torch.full_like(at_inner, 0.3)
@@ -61,7 +61,7 @@ def test_a_bi_level_step_is_taken_where_the_inner_step_leads(adapt):
 
 
 def test_the_inner_step_goes_down(adapt):
-    spy = Spy(lr=1e-3)
+    spy = Spy(lr=3e-3)
     module, _ = adapt(steps=1, elements=ConcreteMask(), learn=["elements"], program=spy, optimizer=SGD)
     module.elements.eval()
     (inner, start), (_, moved) = spy.seen
@@ -72,7 +72,7 @@ def test_the_inner_step_goes_down(adapt):
 
 
 def test_the_published_order_takes_the_gradient_at_the_last_weights(adapt):
-    spy = Spy(lr=0.05, stale=True)
+    spy = Spy(lr=0.05 / 0.3, stale=True)
     adapt(steps=2, elements=ConcreteMask(), learn=["elements"], program=spy, optimizer=SGD)
     (_, at_inner), (_, at_outer) = spy.seen
     for values in (at_inner, at_outer):
