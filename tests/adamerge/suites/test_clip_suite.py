@@ -373,7 +373,7 @@ def test_overlays_build_suites(pool, path):
     parser.add_argument("--suite", type=Suite)
     clip = parser.instantiate(parser.parse_object({"suite": given})).suite
     assert clip.base.startswith("openai/clip-vit-")
-    for where in clip.experts.values():
+    for where in clip._experts.values():
         assert where.startswith(f"tanganke/{clip.name}_")
     here = dict.fromkeys(clip.tasks, "mnist")
     given["init_args"]["base"] = str(pool / "base")
