@@ -36,10 +36,13 @@ def test_an_expert_that_no_task_needs_has_coefficients_and_they_learn(adapt):
 
 
 def test_results_and_coefficients_are_of_the_tasks_and_of_the_pool(adapt, tmp_path):
-    adapt(suite=subset(["two", "one"], POOL), callbacks=[Report(references=False)])
+    adapt(suite=subset(["two", "one"], {"three": "three", "two": "two"}), callbacks=[Report()])
     rows = {row["method"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert list(rows.pop("experts")["accuracy"]) == ["two"]
     assert all(list(row["accuracy"]) == ["two", "one"] for row in rows.values())
-    assert read_coefficients(tmp_path / "coefficients.json").tasks == ("three", "one", "two")
+    assert "task arithmetic 0.3" in rows
+    assert read_coefficients(tmp_path / "coefficients.json").tasks == ("three", "two")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"progress.png", "accuracy.png"}
 
 
 def test_a_task_is_taught_by_its_own_expert_wherever_that_stands(adapt):
