@@ -83,7 +83,8 @@ class Tree:
 
     def run(self) -> list[tuple[int, Node, Record]]:
         """Make all nodes, level by level; returns each with the number of task vectors that it held."""
-        made, pool = [], {task: (task,) for task in self.suite.tasks}  # by expert, its leaves
+        made: list[tuple[int, Node, Record]] = []
+        pool: dict[str, tuple[str, ...]] = {task: (task,) for task in self.suite.tasks}  # by expert, its leaves
         sources = {task: task for task in pool}
         while len(pool) > 1:
             names, merges = list(pool), {}
@@ -152,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--group", type=int, default=2, help="most experts that are merged at once; default: 2")
     parser.add_argument("--output", type=Path, default=Path("runs/tree"), help="default: runs/tree")
     options = parser.parse_args(given[:at])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as cleanly
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop jobs with it: end as cleanly
     try:
         made = Tree(options.group, options.output, given[at + 1 :]).run()
     except InputError as error:
@@ -160,6 +161,8 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     text = report(made)
     write_text(options.output / "tree.md", text)
     Console().print(text, highlight=False, soft_wrap=True)
