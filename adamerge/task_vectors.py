@@ -27,7 +27,7 @@ class TaskVectors:
     """Task vectors τₖ = θₖ − θ₀ of K experts fine-tuned from one base (Ilharco et al., arXiv:2212.04089).
 
     Attributes:
-        tasks: the K task names, in the order of the first axis of every delta.
+        tasks: the names of the K experts, as a rule of their tasks, in the order of the first axis of every delta.
         base: the base state dict.
         deltas: [K, *shape] for every floating tensor of the base; float32 at least, so that half-precision experts keep
             their small differences. Tensors that no expert changed are zeros that take no memory. A transform may have

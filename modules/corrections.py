@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -23,13 +23,16 @@ class Correction(nn.Module, ABC):
     inside: bool = False
 
     @abstractmethod
-    def bind(self, merged: MergedModel, features: int, sample: Tensor) -> "Correction":
-        """Create the parameters for every task of a merged model and take the place in it.
+    def bind(
+        self, merged: MergedModel, features: int, sample: Tensor, tasks: Sequence[str] | None = None
+    ) -> "Correction":
+        """Create the parameters for every task and take the place in a merged model.
 
         Args:
             merged: the model to correct.
             features: D, the size of its output.
             sample: an image [1, ...], to learn the shapes inside the model.
+            tasks: default: one per task vector.
         """
 
     def features(self, z: Tensor, task: str) -> Tensor:
@@ -68,17 +71,16 @@ class Surgery(Correction):
         self.final = nn.ModuleDict()
         self.inner = nn.ModuleDict()
 
-    def bind(self, merged: MergedModel, features: int, sample: Tensor) -> "Surgery":
+    def bind(self, merged: MergedModel, features: int, sample: Tensor, tasks: Sequence[str] | None = None) -> "Surgery":
+        tasks = merged.tasks if tasks is None else tasks
         dtype = torch.promote_types(torch.float32, merged.coefficients.raw.dtype)
-        self.final.update({task: Residual(features, self.rank) for task in merged.tasks})
+        self.final.update({task: Residual(features, self.rank) for task in tasks})
         if self.blocks:
-            with torch.no_grad(), merged.of({merged.tasks[0]: 1}), merged.blocks.recording() as outputs:
+            with torch.no_grad(), merged.of({tasks[0]: 1}), merged.blocks.recording() as outputs:
                 merged(sample)
             self._place = {name: number for number, name in enumerate(outputs)}
             sizes = [output.shape[1] for output in outputs.values()]
-            self.inner.update(
-                {task: nn.ModuleList(Residual(size, self.rank) for size in sizes) for task in merged.tasks}
-            )
+            self.inner.update({task: nn.ModuleList(Residual(size, self.rank) for size in sizes) for task in tasks})
             merged.blocks.correct = self._block
         self.to(device=sample.device, dtype=dtype)
         return self
@@ -107,7 +109,9 @@ class TaskBlock(Correction):
         self.deltas = nn.ModuleDict()
         self._running = False
 
-    def bind(self, merged: MergedModel, features: int, sample: Tensor) -> "TaskBlock":
+    def bind(
+        self, merged: MergedModel, features: int, sample: Tensor, tasks: Sequence[str] | None = None
+    ) -> "TaskBlock":
         stack = list(merged.blocks.modules.items())
         if not -len(stack) <= self.block < len(stack):
             raise InputError(f"there is no block {self.block}: the backbone has {len(stack)}")
@@ -117,7 +121,7 @@ class TaskBlock(Correction):
         if not own:
             raise InputError(f"every layer of block {name} is routed: nothing is left for a task to change")
         self._names = tuple(own)
-        for task in merged.tasks:
+        for task in merged.tasks if tasks is None else tasks:
             self.deltas[task] = nn.ParameterList(torch.zeros_like(p) for p in own.values())
         self.requires_grad_(True)
         self._original = module.forward

@@ -60,6 +60,7 @@ class MergedModel(nn.Module):
         super().__init__()
         task_vectors = task_vectors.load()
         _check_names(model, task_vectors)
+        #: The names of the task vectors: whichever experts are in the pool, not the tasks that are scored.
         self.tasks = task_vectors.tasks
         self.fingerprints = task_vectors.fingerprints
         # In the model's order, so that the rows do not depend on the format of the files the experts came in.

@@ -81,7 +81,7 @@ class View:
 
     Attributes:
         task: its name.
-        number: its position among the tasks.
+        number: the position of its expert among the task vectors.
     """
 
     def __init__(
@@ -94,9 +94,16 @@ class View:
         known: Known = lambda what, task, index: None,
         teachers: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.task, self.number = task, passed.merged.tasks.index(task)
+        self.task = task
         self._part, self._pass, self._heads, self._correction = part, passed, heads, correction
         self._known, self._teachers = known, teachers or heads
+
+    @cached_property
+    def number(self) -> int:
+        experts = self._pass.merged.tasks
+        if self.task not in experts:
+            raise InputError(f"task {self.task!r} has no expert of its own among {', '.join(experts)}")
+        return experts.index(self.task)
 
     @cached_property
     def raw(self) -> Tensor:

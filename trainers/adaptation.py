@@ -118,7 +118,7 @@ class Adaptation(LearningModule):
             _ = self.model.blocks  # raises where the backbone has none
         if self.correction is not None:
             sample = self.suite.dataset(self.suite.tasks[0], "test")[0][0][None]
-            self.correction.bind(self.model, features, sample.to(self.model.coefficients.raw))
+            self.correction.bind(self.model, features, sample.to(self.model.coefficients.raw), self.suite.tasks)
         self.heads.update(heads)
         # Not in the module tree: a teacher never changes, whatever its head's copy learns.
         self.teachers = {task: Head(head.weights()) for task, head in heads.items()}
@@ -256,12 +256,12 @@ class Adaptation(LearningModule):
 
     @torch.no_grad()
     def identify(self, images: Tensor) -> Tensor:
-        """[B] positions of the tasks that the router takes the images to be of."""
+        """[B] positions of the experts to whose tasks the router takes the images to belong."""
         return self.view(self.suite.tasks[0], {"images": images}).task_logits.argmax(1)
 
     def identified(self, images: Tensor, task: str) -> Tensor:
         """[B] whether the router takes images of a task to be of that task."""
-        return self.identify(images) == self.suite.tasks.index(task)
+        return self.identify(images) == self.merged.tasks.index(task)
 
     def scored(self, images: Tensor, task: str) -> Tensor:
         """As `forward`; where tasks are inferred, [B, C + 1], the last class for images taken to be of another task."""

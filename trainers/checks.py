@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from adamerge import InputError
 from adamerge.rules.base import check_transforms
+from adamerge.suites import Suite
+from modules import Objective
 from trainers.phases import PARTS, Phase, asks_router
 
 if TYPE_CHECKING:
@@ -16,15 +18,18 @@ if TYPE_CHECKING:
 
 def check(run: "Adaptation") -> None:
     """Raise InputError for a configuration that cannot work."""
-    run.coefficients.check(run.suite.tasks)
+    run.coefficients.check(run.suite.experts)
     check_transforms(run.transforms)
     _check_shares(run.phases)
     knows_tasks = run.router is not None and run.router.knows_tasks
     for phase in run.phases:
         _check_objective(phase, run.learning(phase), knows_tasks, run.allow_labels)
+        _check_experts(phase.objective, run.suite)
         phase.stepper.check(run, run.learning(phase))
     if run.task_id == "inferred" and not knows_tasks:
         raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
+    if run.task_id == "inferred" and (odd := [task for task in run.suite.tasks if task not in run.suite.experts]):
+        raise InputError(f"a router finds the expert of an image, and task {odd[0]!r} has none: set task_id to given")
     if odd := sorted(set(run.learning_rates) - set(PARTS)):
         raise InputError(f"learning_rates has {odd[0]!r}: parts are {', '.join(PARTS)}")
     if (trainer := run._trainer) is not None:
@@ -53,6 +58,16 @@ def _check_objective(phase: Phase, learning: list[str], knows_tasks: bool, allow
         odd := [part for part in learning if part in ("elements", "correction", "heads")]
     ):
         raise useless(odd[0], phase, learning)
+
+
+def _check_experts(objective: Objective, suite: Suite) -> None:
+    """Where experts teach, every task has one of its own."""
+    missing = [task for task in suite.tasks if task not in suite.experts]
+    if missing and ("teacher" in objective.needs or asks_router(objective)):
+        raise InputError(
+            f"{type(objective).__name__} needs an expert of every task; {missing[0]!r} has none among "
+            f"{', '.join(suite.experts)}"
+        )
 
 
 def _check_precision(precision: str) -> None:

@@ -244,6 +244,7 @@ def _set_up_output() -> None:
 
 _NOT_FOR_USERS = (
     r".*treespec, LeafSpec.*",  # Lightning's own use of torch
+    r"LightningCLI's args parameter is intended",  # `trainers.tree` asks for a configuration from within
     r"Checkpoint directory .* exists and is not empty",  # a resumed run, as it should be
     r"The dirpath has changed from",  # `test` of another run's checkpoint
     r"Be aware that when using `ckpt_path`, callbacks",  # a resumed run that saves more often

@@ -58,11 +58,12 @@ def accuracy_by_task(comparison: Comparison, path: Path) -> None:
     """A table in colours: rows as in the text, a column per task, darker the more of the expert's accuracy is lost."""
     rows = [row for row in comparison.rows if row.accuracy]
     names = [*comparison.tasks, "average"]
-    values = 100 * np.array([[*(s.mean for s in row.accuracy.values()), row.numbers["average"].mean] for row in rows])
+    stats = [[*(row.accuracy.get(task) for task in comparison.tasks), row.numbers["average"]] for row in rows]
+    values = 100 * np.array([[np.nan if stat is None else stat.mean for stat in line] for line in stats])
     experts = next((line for row, line in zip(rows, values, strict=True) if row.label == "experts"), 100)
     kept = 100 * values / np.maximum(experts, 1e-9)
     references = sum(row.method is None for row in rows)
-    low = min(90.0, math.floor(kept[references:].min() / 10) * 10)  # references may be darker than the scale goes
+    low = min(90.0, math.floor(np.nanmin(kept[references:]) / 10) * 10)  # references may be darker than the scale goes
     with style():
         width = 1.2 + 0.068 * max(len(row.label) for row in rows) + 0.46 * len(names)
         figure = Figure(figsize=(width, 1.3 + 0.25 * len(rows)), layout="constrained", dpi=_PRINT)
@@ -70,7 +71,9 @@ def accuracy_by_task(comparison: Comparison, path: Path) -> None:
         image = axes.imshow(kept, cmap="Blues_r", vmin=low, vmax=100 + 0.25 * (100 - low), aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             ink = "white" if kept[i, j] < low + 0.55 * (100 - low) else "black"
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
+            axes.text(
+                j, i, "" if math.isnan(value) else f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink
+            )
         axes.xaxis.tick_top()
         axes.set_xticks(range(len(names)), names, rotation=40, rotation_mode="anchor", fontsize=8, ha="left")
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
@@ -78,7 +81,7 @@ def accuracy_by_task(comparison: Comparison, path: Path) -> None:
         axes.spines[:].set_visible(False)
         axes.axvline(len(names) - 1.5, color="white", lw=3)
         axes.axhline(references - 0.5, color="white", lw=3)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25, extend="min" if kept.min() < low else "neither")
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25, extend="min" if np.nanmin(kept) < low else "neither")
         bar.ax.set_ylim(low, 100)
         bar.outline.set_visible(False)
         bar.set_label("% of the expert's accuracy")

@@ -66,7 +66,7 @@ def reference_rows(
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> dict[str, Accuracy]:
-    """Accuracy of the base, of each expert on its own task, of the mean and of task arithmetic.
+    """Accuracy of the base, of each expert on its own task if it has one, of the mean and of task arithmetic.
 
     Task arithmetic is scored at 0.3 and over a grid; the grid's best is an oracle, since labels choose it. Rows are
     computed once per (models, heads, scored images) and kept in the user's cache folder; with the `fingerprints` of the
@@ -90,12 +90,13 @@ def reference_rows(
         model.load_state_dict(dict(state))
         return accuracy(logits, {task: datasets[task] for task in tasks}, batch_size, device, num_workers, shard)
 
-    grid = sorted({*(n / 10 for n in range(1, 11)), 1 / len(suite.tasks)})
+    grid = sorted({*(n / 10 for n in range(1, 11)), 1 / len(suite.experts)})
     arithmetic = {scale: score(merge(task_vectors, [TaskArithmetic()], scale)) for scale in grid}
     best = max(grid, key=lambda scale: average(arithmetic[scale]))
+    taught = [task for task in suite.tasks if task in task_vectors.tasks]
     rows = {
         "base": score(task_vectors.base),
-        "experts": {task: score(task_vectors.expert(task), (task,))[task] for task in suite.tasks},
+        **({"experts": {t: score(task_vectors.expert(t), (t,))[t] for t in taught}} if taught else {}),
         "mean": score(merge(task_vectors, [Mean()])),
         "task arithmetic 0.3": arithmetic[0.3],
         f"task arithmetic {best:.2g} ({ORACLE})": arithmetic[best],

@@ -24,8 +24,8 @@ _STYLE: Any = {
 _ROWS_PER_COLUMN = 52
 
 
-def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str], start: Tensor, path: Path) -> None:
-    """Heat map of coefficients [groups, K]: one line a tensor or block, one column a task.
+def coefficient_map(values: Tensor, groups: Sequence[str], experts: Sequence[str], start: Tensor, path: Path) -> None:
+    """Heat map of coefficients [groups, K]: one line a tensor or block, one column an expert.
 
     White is the start where all coefficients have one; else the map shows the change from `start`.
 
@@ -38,16 +38,16 @@ def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str],
         norm = TwoSlopeNorm(white, white - spread, white + spread)
         columns = math.ceil(len(groups) / _ROWS_PER_COLUMN)
         per_column = math.ceil(len(groups) / columns)
-        width = (1.9 + 0.27 * len(tasks)) * columns + 0.9
+        width = (1.9 + 0.27 * len(experts)) * columns + 0.9
         figure = Figure(
-            figsize=(max(4.2, width), 1.3 + 0.135 * per_column + 0.05 * max(map(len, tasks))), layout="constrained"
+            figsize=(max(4.2, width), 1.3 + 0.135 * per_column + 0.05 * max(map(len, experts))), layout="constrained"
         )
         panels = figure.subplots(1, columns, squeeze=False)[0]
         for axes, first in zip(panels, range(0, len(groups), per_column), strict=True):
             part = slice(first, first + per_column)
             image = axes.imshow(table[part], cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
             _label_rows(axes, groups[part])
-            axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            axes.set_xticks(range(len(experts)), experts, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         figure.colorbar(
             image,
             ax=list(panels),
@@ -60,14 +60,14 @@ def coefficient_map(values: Tensor, groups: Sequence[str], tasks: Sequence[str],
         save(figure, path)
 
 
-def coefficient_paths(steps: Sequence[int], values: Tensor, tasks: Sequence[str], path: Path) -> None:
+def coefficient_paths(steps: Sequence[int], values: Tensor, experts: Sequence[str], path: Path) -> None:
     """Coefficients over steps [snapshots, groups, K]: median over rows and, shaded, the middle 80 %."""
     with style():
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.subplots()
         low, middle, high = np.quantile(values.numpy(), (0.1, 0.5, 0.9), axis=1)
-        for k, task in enumerate(tasks):
-            axes.plot(steps, middle[:, k], color=colour(k), label=task, lw=1.4)
+        for k, expert in enumerate(experts):
+            axes.plot(steps, middle[:, k], color=colour(k), label=expert, lw=1.4)
             if values.shape[1] > 1:
                 axes.fill_between(steps, low[:, k], high[:, k], color=colour(k), alpha=0.1, lw=0)
         axes.set(xlabel="step", ylabel="coefficient", title="Coefficients: median over rows, shaded 10 to 90 %")
@@ -105,7 +105,7 @@ def progress(
             at = sorted(accuracies)
             for k, task in enumerate(tasks):
                 panels[1].plot(at, [100 * accuracies[s][task] for s in at], color=colour(k), lw=1.4, marker=".", ms=4)
-                if experts:
+                if experts and task in experts:
                     panels[1].axhline(100 * experts[task], color=colour(k), lw=0.7, ls=":")
             mean = [100 * sum(accuracies[s].values()) / len(tasks) for s in at]
             panels[1].plot(at, mean, color="black", lw=2, label="average")
@@ -128,11 +128,10 @@ def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
             heights = [100 * rows[name][task] for task in tasks]
             heights.append(sum(heights) / len(heights))
             axes.bar(places - 0.4 + (i + 0.5) * bar, heights, bar, label=name, color=_greys(i, len(shown)))
-        marks = [100 * experts[task] for task in tasks] if experts else []
-        if marks:
-            axes.hlines(
-                [*marks, sum(marks) / len(marks)], places - 0.44, places + 0.44, color="black", lw=1.2, label="experts"
-            )
+        if experts:
+            marks = [100 * experts.get(task, np.nan) for task in tasks]
+            marks.append(float(np.nanmean(marks)))
+            axes.hlines(marks, places - 0.44, places + 0.44, color="black", lw=1.2, label="experts")
         axes.set_xticks(places, [*tasks, "average"], rotation=30, ha="right", rotation_mode="anchor")
         axes.set(ylabel="accuracy (%)", ylim=(0, 100))
         axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3)

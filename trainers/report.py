@@ -165,8 +165,9 @@ class Report(L.Callback):
         steps = sorted(self.snapshots)
         values = torch.stack([self.snapshots[step] for step in steps])
         if not torch.equal(values[0], values[-1]):  # coefficients that learn
-            figures.coefficient_map(values[-1], groups, tasks, values[0], folder / "coefficients.png")
-            figures.coefficient_paths(steps, values, tasks, folder / "coefficients_over_steps.png")
+            pool = module.merged.tasks
+            figures.coefficient_map(values[-1], groups, pool, values[0], folder / "coefficients.png")
+            figures.coefficient_paths(steps, values, pool, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.losses])
         experts = results.rows.get("experts")
         names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)

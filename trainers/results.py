@@ -30,11 +30,11 @@ class Results:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def normalised(self, method: str) -> float | None:
-        """Mean over tasks of accuracy divided by the expert's; none where the experts were not scored."""
+        """Mean over tasks that have an expert of accuracy divided by the expert's; none where none was scored."""
         experts, row = self.rows.get("experts"), self.rows[method]
         if experts is None:
             return None
-        return sum(row[task] / max(experts[task], 1e-12) for task in self.tasks) / len(self.tasks)
+        return sum(row[task] / max(expert, 1e-12) for task, expert in experts.items()) / len(experts)
 
     def write(self, folder: Path) -> None:
         """Leave `results.json` and `results.md` in a folder."""
@@ -67,7 +67,7 @@ class Results:
     def _cells(self) -> list[list[str]]:
         cells = []
         for method, row in self.rows.items():
-            numbers = [*(row[task] for task in self.tasks), average(row), self.normalised(method)]
+            numbers = [*(row.get(task) for task in self.tasks), average(row), self.normalised(method)]
             cells.append([method, *("" if number is None else f"{100 * number:.1f}" for number in numbers)])
         return cells
 

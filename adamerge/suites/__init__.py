@@ -4,5 +4,6 @@ from adamerge.suites.base import FineTune, HeadWeights, Split, Suite
 from adamerge.suites.clip import ClipVision
 from adamerge.suites.local import Local
 from adamerge.suites.mini import Mini
+from adamerge.suites.subset import Subset
 
-__all__ = ["ClipVision", "FineTune", "HeadWeights", "Local", "Mini", "Split", "Suite"]
+__all__ = ["ClipVision", "FineTune", "HeadWeights", "Local", "Mini", "Split", "Subset", "Suite"]

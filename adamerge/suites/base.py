@@ -72,7 +72,15 @@ class Suite(ABC):
     @property
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:
-        """Task names, in the order of the task vectors."""
+        """The tasks to adapt and score on, by name, in the order of the results."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts of the pool, in the order of the task vectors; a task's own expert has the task's name.
+
+        By default one per task. A pool may hold experts that no task needs, and a task may have no expert of its own.
+        """
+        return self.tasks
 
     def prepare(self, fine_tune: FineTune) -> None:  # noqa: B027  most suites have nothing to make
         """Make what is missing on this machine (train experts, download data). Runs on one process only."""
@@ -89,6 +97,11 @@ class Suite(ABC):
     @abstractmethod
     def task_vectors(self) -> TaskVectors:
         """Base and experts, by the names of the backbone's state dict."""
+
+    def states(self) -> tuple[State, Mapping[str, State]]:
+        """State dicts of the base and of each expert. Suites over files open them here and read nothing yet."""
+        vectors = self.task_vectors()
+        return vectors.base, {name: vectors.expert(name) for name in vectors.tasks}
 
     @abstractmethod
     def classes(self, task: str) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ class ClipVision(Suite):
     Args:
         base: the pretrained model. Hugging Face: a Hub id or a folder with a `CLIPModel`. open_clip: a file of weights
             (.safetensors, .pt) of the whole model or of its visual tower.
-        experts: by task, Hub ids or folders with a `CLIPVisionModel` or more of the model; with open_clip, files. Those
+        experts: by name, Hub ids or folders with a `CLIPVisionModel` or more of the model; with open_clip, files. Those
             that come without the visual projection share the base's.
-        data: by task, its images.
+        data: by task, its images. An expert without data is in the pool, and no task is scored by its name.
         text_model: where the text tower is, if not in `base`.
         class_names: by task, names for the prompts in the order of the labels, instead of those of the data.
         templates: by task, prompts with `{}` for the name; default: CLIP's own, or "a photo of a {}.".
@@ -55,26 +55,31 @@ class ClipVision(Suite):
     ) -> None:
         if not experts:
             raise InputError("suite ClipVision has no task: give one expert per task, and its data")
-        if odd := sorted(set(experts) ^ set(data)):
+        if odd := sorted(set(data) - set(experts)) or sorted(experts)[: not data]:
             raise InputError(f"every task needs an expert and data; {odd[0]!r} lacks one")
         for option, given in (("class_names", class_names), ("templates", templates)):
-            if unknown := sorted(set(given or ()) - set(experts)):
-                raise InputError(f"{option} has no task {unknown[0]!r}; the tasks are {', '.join(experts)}")
-        self.base, self.experts, self.data, self.text_model = base, experts, data, text_model or base
+            if unknown := sorted(set(given or ()) - set(data)):
+                raise InputError(f"{option} has no task {unknown[0]!r}; the tasks are {', '.join(data)}")
+        self.base, self.data, self.text_model = base, data, text_model or base
+        self._experts = dict(sorted(experts.items(), key=lambda item: item[0] not in data))  # those of tasks first
         self.class_names, self.templates, self.open_clip = class_names or {}, templates or {}, open_clip
         self.name = name or _FILE_ENDING.sub("", Path(base).name)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.experts)
+        return tuple(name for name in self._experts if name in self.data)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(self._experts)
 
     def prepare(self, fine_tune: FineTune) -> None:
-        for owner, where in (("base", self.base), *self.experts.items()):
+        for owner, where in (("base", self.base), *self._experts.items()):
             local_path(where, owner)
         self._heads  # noqa: B018  makes and caches them
 
     def check(self) -> None:
-        self._states()
+        self.states()
         for task in self.tasks:
             check_data(task, self.data[task], self.classes(task))
         super().check()
@@ -86,7 +91,7 @@ class ClipVision(Suite):
             return self._family.vision().eval()
 
     def task_vectors(self) -> TaskVectors:
-        return TaskVectors.from_state_dicts(*self._states())
+        return TaskVectors.from_state_dicts(*self.states())
 
     def classes(self, task: str) -> tuple[str, ...]:
         own, given = self.data[task].classes, self.class_names.get(task)
@@ -114,13 +119,12 @@ class ClipVision(Suite):
             for task in self.tasks
         }
 
-    def _states(self) -> tuple[Tensors, dict[str, Tensors]]:
-        """Base and experts by the names of the backbone, opened but not read."""
+    def states(self) -> tuple[Tensors, dict[str, Tensors]]:
         with torch.device("meta"):
             shapes = self._family.vision().state_dict()
         base = open_tower("base", self.base, shapes, self._family, {})
         spare = dict.fromkeys(self._family.spare, base)
         return base, {
             task: open_tower(f"expert {task!r}", where, shapes, self._family, spare)
-            for task, where in self.experts.items()
+            for task, where in self._experts.items()
         }

@@ -29,9 +29,9 @@ class Local(Suite):
         data: the images of each task; its keys are the tasks.
         backbone: images [B, 3, H, W] -> features [B, D]; its weights do not matter.
         pool: a folder with a checkpoint named `base` and one named after each task: `.safetensors`, `.ckpt`, `.pt`,
-            `.pth`, `.bin` or a Hugging Face folder.
+            `.pth`, `.bin` or a Hugging Face folder. Others there are left alone.
         base: the base's checkpoint, if not the one in the pool.
-        experts: checkpoints of experts by task, if not those in the pool.
+        experts: checkpoints of experts by task, if not those in the pool; names that are no task's add experts.
         heads: files with `weight` [C, D] and, if there is one, `bias` [C], by task; default: the expert's checkpoint.
         preprocess: how images become tensors; the same as in fine-tuning.
         name: shown in results.
@@ -51,12 +51,11 @@ class Local(Suite):
         if not data:
             raise InputError("suite Local has no task: give data one source of images per task")
         self.data, self.preprocess, self.name = dict(data), preprocess, name
-        self.pool, self.base, self.experts, self.heads = pool, base, dict(experts or {}), dict(heads or {})
-        for option, given in (("experts", self.experts), ("heads", self.heads)):
-            if unknown := [task for task in given if task not in data]:
-                raise InputError(f"{option} has {unknown[0]!r}, which is no task; data has {', '.join(data)}")
+        self.pool, self.base, self._experts, self.heads = pool, base, dict(experts or {}), dict(heads or {})
+        if unknown := [task for task in self.heads if task not in data]:
+            raise InputError(f"heads has {unknown[0]!r}, which is no task; data has {', '.join(data)}")
         if pool is None:
-            missing = ["base"] * (base is None) + [f"expert {task!r}" for task in data if task not in self.experts]
+            missing = ["base"] * (base is None) + [f"expert {task!r}" for task in data if task not in self._experts]
             if missing:
                 raise InputError(f"suite Local lacks its {missing[0]}: give it, or give pool a folder that has it")
         elif base is None and "base" in data:
@@ -67,8 +66,12 @@ class Local(Suite):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.data)
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.data, *self._experts)))
+
     def check(self) -> None:
-        self._states()
+        self.states()
         for task in self.tasks:
             check_data(task, self.data[task])
             self._check_classes(task)
@@ -78,7 +81,7 @@ class Local(Suite):
         return self._backbone
 
     def task_vectors(self) -> TaskVectors:
-        return TaskVectors.from_state_dicts(*self._states())
+        return TaskVectors.from_state_dicts(*self.states())
 
     def classes(self, task: str) -> tuple[str, ...]:
         return self.data[task].classes
@@ -95,12 +98,11 @@ class Local(Suite):
         return self.data[task].dataset(split, self.preprocess)
 
     def _expert(self, task: str) -> str | Path:
-        return self.experts.get(task) or _find(self.pool, task)
+        return self._experts.get(task) or _find(self.pool, task)
 
-    def _states(self) -> tuple[State, dict[str, State]]:
-        """Base and experts by the names of the backbone, opened but not read."""
+    def states(self) -> tuple[State, dict[str, State]]:
         base = _open("the base", self.base or _find(self.pool, "base"), self._backbone)
-        return base, {task: _open(f"expert {task!r}", self._expert(task), self._backbone) for task in self.tasks}
+        return base, {task: _open(f"expert {task!r}", self._expert(task), self._backbone) for task in self.experts}
 
     def _check_classes(self, task: str) -> None:
         """Raise InputError if the head that came with an expert is for other classes than those of the data."""

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adamerge.backbones import TinyViT
+from adamerge.checkpoints import open_state
 from adamerge.data import ArrayImages, Preprocess
 from adamerge.errors import InputError
-from adamerge.files import cache_folder
-from adamerge.suites.base import FineTune, HeadWeights, Split, Suite
-from adamerge.suites.mini_tasks import TASKS, Recipe
+from adamerge.files import cache_folder, replacing
+from adamerge.suites.base import FineTune, HeadWeights, Split, State, Suite
+from adamerge.suites.mini_patterns import pattern
+from adamerge.suites.mini_tasks import TASKS, MiniTask, Recipe
 from adamerge.task_vectors import TaskVectors
 
 log = logging.getLogger(__name__)
@@ -39,21 +41,35 @@ class Mini(Suite):
         tasks: some of the tasks, in this order; default: all.
         seed: of everything that is drawn or trained.
         recipe: sizes and training settings.
+        distractors: so many further experts in the pool, of abstract patterns, that no task of the suite needs.
     """
 
     name = "mini"
     scale = 0.125
 
-    def __init__(self, tasks: list[str] | None = None, seed: int = 0, recipe: Recipe = Recipe()) -> None:  # noqa: B008  frozen
+    def __init__(
+        self,
+        tasks: list[str] | None = None,
+        seed: int = 0,
+        recipe: Recipe = Recipe(),  # noqa: B008  frozen
+        distractors: int = 0,
+    ) -> None:
         unknown = sorted(set(tasks or ()) - set(TASKS))
         if unknown:
             raise InputError(f"suite Mini has no task {unknown[0]!r}; it has {', '.join(TASKS)}")
+        if distractors < 0:
+            raise InputError(f"distractors is how many experts to add, from 0 on, not {distractors}")
         self._tasks, self.seed, self.recipe = tuple(tasks or TASKS), seed, recipe
+        self._distractors = {task.name: task for task in map(pattern, range(distractors))}
         self._preprocess = Preprocess()
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return self._tasks
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return (*self.tasks, *self._distractors)
 
     @cached_property
     def folder(self) -> Path:
@@ -62,23 +78,23 @@ class Mini(Suite):
         return cache_folder() / "mini" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def prepare(self, fine_tune: FineTune) -> None:
-        if self.folder.is_dir():
-            return
-        log.info("Building suite Mini once, into %s: some minutes on two cores", self.folder)
-        unfinished = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        try:
-            self._build(fine_tune, unfinished)
-            if not self.folder.is_dir():  # another process may have been faster
-                unfinished.rename(self.folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if not self.folder.is_dir():
+            self._build(fine_tune)
+        for number, (name, task) in enumerate(self._distractors.items()):
+            if not (path := self.folder / f"{name}.safetensors").is_file():
+                label = f"Mini distractor {number + 1}/{len(self._distractors)}"
+                data = self._images("train", task, self.recipe.train_per_task)
+                with replacing(path) as unfinished:
+                    save_file(self._expert(fine_tune, self.folder, task, data, number, None, label), unfinished)
 
     def backbone(self) -> nn.Module:
         return TinyViT()
 
     def task_vectors(self) -> TaskVectors:
-        return TaskVectors.open(self._file("base"), {task: self._file(task) for task in self.tasks}).load()
+        return TaskVectors.from_state_dicts(*self.states())
+
+    def states(self) -> tuple[State, dict[str, State]]:
+        return open_state(self._file("base")), {name: open_state(self._file(name)) for name in self.experts}
 
     def classes(self, task: str) -> tuple[str, ...]:
         return TASKS[task].classes
@@ -90,7 +106,7 @@ class Mini(Suite):
     def dataset(self, task: str, split: Split) -> Dataset[tuple[Tensor, int]]:
         if (split, task) not in self._drawn:
             count = self.recipe.train_per_task if split == "train" else self.recipe.test_per_task
-            self._drawn[split, task] = self._images(split, task, count)
+            self._drawn[split, task] = self._images(split, TASKS[task], count)
         return self._drawn[split, task]
 
     @cached_property
@@ -98,35 +114,69 @@ class Mini(Suite):
         return {}
 
     def _file(self, name: str) -> Path:
-        if not self.folder.is_dir():
+        if not (path := self.folder / f"{name}.safetensors").is_file():
             raise InputError("suite Mini is not built yet: call suite.prepare(trainers.fine_tune), or run train.py fit")
-        return self.folder / f"{name}.safetensors"
+        return path
 
-    def _build(self, fine_tune: FineTune, folder: Path) -> None:
-        recipe, total = self.recipe, len(self.tasks) + 1
-        train = partial(fine_tune, weight_decay=recipe.weight_decay, seed=self.seed)
-        classes = {task: self.classes(task) for task in self.tasks}
-        clear = {task: self._images("train", task, recipe.base_images_per_task, clear=True) for task in self.tasks}
+    def _build(self, fine_tune: FineTune) -> None:
+        log.info("Building suite Mini once, into %s: some minutes on two cores", self.folder)
+        unfinished = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            heads = self._base(fine_tune, unfinished)
+            for number, task in enumerate(self.tasks):
+                label, place = f"Mini {number + 2}/{len(self.tasks) + 1} {task}", list(TASKS).index(task)
+                data, own = self.dataset(task, "train"), {task: heads[task]}
+                expert = self._expert(fine_tune, unfinished, TASKS[task], data, place, own, label)
+                save_file(expert, unfinished / f"{task}.safetensors")
+            if not self.folder.is_dir():  # another process may have been faster
+                unfinished.rename(self.folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _base(self, fine_tune: FineTune, folder: Path) -> dict[str, HeadWeights]:
+        """Train the base on all tasks; returns their heads."""
+        recipe, classes = self.recipe, {task: self.classes(task) for task in self.tasks}
+        count = recipe.base_images_per_task
+        clear = {task: self._images("train", TASKS[task], count, clear=True) for task in self.tasks}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             start = self.backbone()
-        learn = partial(train, steps=recipe.base_steps, lr=recipe.base_lr, batch_size=recipe.base_batch_per_task)
-        base, heads = learn(start, clear, classes, heads=None, label=f"Mini 1/{total} base")
+        base, heads = fine_tune(
+            start, clear, classes, heads=None, steps=recipe.base_steps, lr=recipe.base_lr,
+            batch_size=recipe.base_batch_per_task, weight_decay=recipe.weight_decay, seed=self.seed,
+            label=f"Mini 1/{len(self.tasks) + 1} base",
+        )  # fmt: skip
         save_file(base, folder / "base.safetensors")
         tensors = {f"{task}.weight": head.weight for task, head in heads.items()}
         tensors |= {f"{task}.bias": head.bias for task, head in heads.items() if head.bias is not None}
         save_file(tensors, folder / "heads.safetensors")
-        start.load_state_dict(base)
-        for name, parameter in start.named_parameters():
-            parameter.requires_grad_(any(part in name for part in recipe.tuned))
-        learn = partial(train, steps=recipe.expert_steps, batch_size=recipe.batch_size)
-        for number, task in enumerate(self.tasks, 2):
-            data, own = {task: self.dataset(task, "train")}, {task: classes[task]}
-            label = f"Mini {number}/{total} {task}"
-            lr = recipe.expert_lrs[list(TASKS).index(task) % len(recipe.expert_lrs)]
-            expert, _ = learn(start, data, own, heads={task: heads[task]}, lr=lr, label=label)
-            save_file(expert, folder / f"{task}.safetensors")
+        return heads
 
-    def _images(self, split: Split, task: str, count: int, clear: bool = False) -> ArrayImages:
-        images, labels = TASKS[task].draw(split, count, self.seed, clear)
-        return ArrayImages(images, labels, self._preprocess, f"{split} image of {task}")
+    def _expert(
+        self,
+        fine_tune: FineTune,
+        folder: Path,
+        task: MiniTask,
+        data: Dataset[tuple[Tensor, int]],
+        place: int,
+        heads: dict[str, HeadWeights] | None,
+        label: str,
+    ) -> dict[str, Tensor]:
+        """Fine-tune the base in `folder` on one task; its place says how large the steps are."""
+        recipe, name = self.recipe, task.name
+        with torch.random.fork_rng():
+            model = self.backbone()
+        model.load_state_dict(load_file(folder / "base.safetensors"))
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in parameter_name for part in recipe.tuned))
+        lr = recipe.expert_lrs[place % len(recipe.expert_lrs)]
+        state, _ = fine_tune(
+            model, {name: data}, {name: task.classes}, heads=heads, steps=recipe.expert_steps, lr=lr,
+            batch_size=recipe.batch_size, weight_decay=recipe.weight_decay, seed=self.seed, label=label,
+        )  # fmt: skip
+        return state
+
+    def _images(self, split: Split, task: MiniTask, count: int, clear: bool = False) -> ArrayImages:
+        images, labels = task.draw(split, count, self.seed, clear)
+        return ArrayImages(images, labels, self._preprocess, f"{split} image of {task.name}")

@@ -399,14 +399,19 @@ def test_numbers_read_well(name, value, text):
 def test_figures_are_drawn_whatever_is_there(comparison, tmp_path):
     alone = results(learned_parameters=0)
     alone["rows"] = alone["rows"][-2:]  # without references
+    partly = results(learned_parameters=1)
+    del next(row for row in partly["rows"] if row["method"] == "experts")["accuracy"]["two"]  # which has no expert
     for name, found in (
         ("some", comparison),
         ("one", Comparison.of([Outcome("A", 0, alone)], "tiny")),
+        ("partly", Comparison.of([Outcome("A", 0, partly)], "tiny")),
         ("none", Comparison.of([Outcome("A", 0, error="no")], "tiny")),
     ):
         compare_figures.draw(found, tmp_path / name)
     drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
-    assert drawn == [f"{a}/{b}.png" for a in ("one", "some") for b in ("accuracy_by_task", "accuracy_vs_parameters")]
+    assert drawn == [
+        f"{a}/{b}.png" for a in ("one", "partly", "some") for b in ("accuracy_by_task", "accuracy_vs_parameters")
+    ]
 
 
 def test_the_legend_names_methods_best_first(comparison, tmp_path, monkeypatch):

@@ -335,9 +335,19 @@ def test_a_text_model_without_a_tokenizer_is_named(pool, tmp_path):
         suite(pool, text_model=str(tmp_path / "text")).check()
 
 
-def test_experts_and_data_must_name_the_same_tasks(pool):
+def test_experts_without_data_come_after_the_others(pool):
+    first, second = CLASSES
+    clip = suite(pool, data={second: Npz(pool / f"{second}.npz")})
+    clip.check()
+    assert (clip.tasks, clip.experts) == ((second,), (second, first))
+    assert clip.task_vectors().tasks == clip.experts
+
+
+def test_every_task_needs_an_expert_and_data(pool):
     with pytest.raises(InputError, match="'pets' lacks one"):
-        suite(pool, data={"mnist": Npz(pool / "mnist.npz")})
+        suite(pool, experts={"mnist": str(pool / "mnist")})
+    with pytest.raises(InputError, match="'mnist' lacks one"):
+        suite(pool, data={})
     with pytest.raises(InputError, match="no task"):
         suite(pool, experts={}, data={})
 
@@ -373,7 +383,7 @@ def test_overlays_build_suites(pool, path):
     parser.add_argument("--suite", type=Suite)
     clip = parser.instantiate(parser.parse_object({"suite": given})).suite
     assert clip.base.startswith("openai/clip-vit-")
-    for where in clip.experts.values():
+    for where in clip._experts.values():
         assert where.startswith(f"tanganke/{clip.name}_")
     here = dict.fromkeys(clip.tasks, "mnist")
     given["init_args"]["base"] = str(pool / "base")

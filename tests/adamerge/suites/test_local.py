@@ -107,6 +107,14 @@ class TestPool:
             assert torch.equal(suite.head(task).bias, head(task)["bias"])
             assert (suite.head(task).normalize, suite.head(task).scale) == (False, 1.0)
 
+    def test_experts_without_a_task_come_after_the_others(self, pool, states):
+        suite = Local(data(), backbone(), pool=str(pool), experts={"more": str(pool / "letters.ckpt")})
+        suite.check()
+        assert (suite.tasks, suite.experts) == (("digits", "letters"), ("digits", "letters", "more"))
+        vectors = suite.task_vectors()
+        assert vectors.tasks == suite.experts
+        assert all(torch.equal(delta[2], delta[1]) for delta in vectors.deltas.values())
+
     def test_of_plain_state_dicts(self, plain, states):
         suite = Local(data(), backbone(7), pool=str(plain), heads=heads_of(plain))
         suite.check()
@@ -181,10 +189,6 @@ class TestErrors:
             ({}, "suite Local lacks its base: give it, or give pool"),
             ({"base": "b"}, "suite Local lacks its expert 'digits'"),
             ({"base": "b", "experts": {"digits": "d"}}, "suite Local lacks its expert 'letters'"),
-            (
-                {"pool": "p", "experts": {"signs": "s"}},
-                "experts has 'signs', which is no task; data has digits, letters",
-            ),
             ({"pool": "p", "heads": {"signs": "s"}}, "heads has 'signs', which is no task"),
         ],
     )

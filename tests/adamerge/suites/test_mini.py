@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from adamerge import InputError
 from adamerge.suites import HeadWeights, Mini
 from adamerge.suites.mini import Recipe
+from adamerge.suites.mini_patterns import pattern
 
 SMALL = Recipe(train_per_task=12, test_per_task=10, base_images_per_task=11, base_steps=1, expert_steps=1)
 TASKS = ["digits", "signs"]
@@ -50,6 +52,33 @@ def test_another_recipe_seed_or_choice_is_another_suite():
     assert len(folders) == 4
 
 
+def test_distractors_join_the_pool_and_leave_the_rest_as_it_is():
+    plain, calls = Mini(TASKS, recipe=SMALL), []
+    plain.prepare(trainer(calls))
+    before = {path.name: path.read_bytes() for path in plain.folder.iterdir()}
+    suite = Mini(TASKS, recipe=SMALL, distractors=2)
+    with pytest.raises(InputError, match="not built yet"):
+        suite.task_vectors()
+    suite.prepare(trainer(calls))
+    assert [list(data) for data, _, _ in calls[3:]] == [["pattern0"], ["pattern1"]]
+    assert all(heads is None for _, heads, _ in calls[3:])
+    assert (suite.tasks, suite.experts) == (tuple(TASKS), (*TASKS, "pattern0", "pattern1"))
+    assert suite.task_vectors().tasks == suite.experts
+    assert {name: (plain.folder / name).read_bytes() for name in before} == before
+    Mini(TASKS, recipe=SMALL, distractors=1).prepare(trainer(calls))
+    assert len(calls) == 5
+
+
+def test_a_pattern_is_drawn_again_the_same_and_differs_from_the_others():
+    images, labels = pattern(0).draw("test", 20, 0)
+    again, _ = pattern(0).draw("test", 20, 0)
+    other, _ = pattern(1).draw("test", 20, 0)
+    assert images.shape == (20, 32, 32, 3)
+    assert np.bincount(labels).tolist() == [2] * 10
+    assert np.array_equal(images, again)
+    assert not np.array_equal(images, other)
+
+
 def test_an_interrupted_build_leaves_nothing_behind():
     suite, calls = Mini(TASKS, recipe=SMALL), []
     good = trainer(calls)
@@ -67,6 +96,8 @@ def test_an_interrupted_build_leaves_nothing_behind():
 def test_clear_errors():
     with pytest.raises(InputError, match="suite Mini has no task 'cats'; it has digits"):
         Mini(["cats"])
+    with pytest.raises(InputError, match="how many experts to add, from 0 on, not -1"):
+        Mini(distractors=-1)
     with pytest.raises(InputError, match="not built yet"):
         Mini(TASKS, recipe=SMALL).task_vectors()
 
