@@ -4,7 +4,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Report(L.Callback):
         self.losses: list[Tensor] = []
         self.snapshots: dict[int, Tensor] = {}
         self.accuracies: dict[int, Accuracy] = {}
+        self.attacks: dict[str, Accuracy] = {}
         self.durations: list[float] = []
         self.seconds = 0.0
         self._since = self._step_began = time.monotonic()
@@ -55,6 +56,7 @@ class Report(L.Callback):
             log.info("%s", budget(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
             if 0 not in self.accuracies:
                 self.accuracies[0] = self._score(trainer, pl_module, pl_module.scored)
+                self.attacks["start"] = self._score_attacks(trainer, pl_module)
             self._snapshot(trainer, pl_module)
         self._since = time.monotonic()
 
@@ -84,6 +86,7 @@ class Report(L.Callback):
             "losses": losses,
             "snapshots": dict(self.snapshots),
             "accuracies": dict(self.accuracies),
+            "attacks": dict(self.attacks),
             "durations": list(self.durations),
             "seconds": self.seconds,
         }
@@ -91,6 +94,7 @@ class Report(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.losses = list(state_dict["steps"]), list(state_dict["losses"])
         self.snapshots, self.accuracies = dict(state_dict["snapshots"]), dict(state_dict["accuracies"])
+        self.attacks = dict(state_dict.get("attacks", {}))
         self.durations, self.seconds = list(state_dict.get("durations", [])), state_dict["seconds"]
 
     # -- at the end ----------------------------------------------------------------------------------------------------
@@ -108,19 +112,30 @@ class Report(L.Callback):
             if self.figures:
                 self._draw(pl_module, results, folder / "figures")
             results.show()
+            for when, rates in self.attacks.items():
+                words = ", ".join(f"{task} {100 * rate:.1f} %" for task, rate in rates.items())
+                if words:
+                    Console().print(f"Planted attacks succeed, {when}: {words}", highlight=False)
             Console().print(f"Results, coefficients and figures are in {folder}", soft_wrap=True)
         trainer.strategy.barrier("report")
 
-    def _score(self, trainer: L.Trainer, module: Adaptation, logits: Logits) -> Accuracy:
+    def _score(
+        self, trainer: L.Trainer, module: Adaptation, logits: Logits, datasets: Mapping[str, Any] | None = None
+    ) -> Accuracy:
         """Accuracy in evaluation mode, shared out among the processes."""
         stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
         shard = (trainer.global_rank, trainer.world_size)
         module.eval()
         with trainer.precision_plugin.forward_context():
-            datasets = stream.eval_tasks()
+            datasets = stream.eval_tasks() if datasets is None else datasets
             scores = accuracy(logits, datasets, stream.eval_batch_size, module.device, stream.num_workers, shard)
         module.train()
         return scores
+
+    def _score_attacks(self, trainer: L.Trainer, module: Adaptation) -> Accuracy:
+        """How often an attack that is planted in an expert succeeds, by task."""
+        attacks = {task: images for task in module.suite.tasks if (images := module.suite.attack(task)) is not None}
+        return self._score(trainer, module, module.scored, attacks)
 
     def _results(self, trainer: L.Trainer, module: Adaptation) -> Results:
         stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
@@ -132,10 +147,13 @@ class Report(L.Callback):
             )  # fmt: skip
         rows["this run, start"] = self.accuracies[0]
         rows["this run, adapted"] = self._score(trainer, module, module.scored)
-        identified: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if module.task_id == "inferred":
             rows["this run, task given"] = self._score(trainer, module, module)
-            identified = {"task_identification": self._score(trainer, module, module.identified)}
+            more["task_identification"] = self._score(trainer, module, module.identified)
+        if any(self.attacks.values()):
+            self.attacks["adapted"] = self._score_attacks(trainer, module)
+            more["attack_success"] = self.attacks
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
@@ -143,7 +161,7 @@ class Report(L.Callback):
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
             "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
-            **identified,
+            **more,
             "information": sorted(information(module, stream)),
             "method": module.describe(),
             "suite_arguments": module.hparams.get("suite", {}).get("init_args", {}),

@@ -103,6 +103,13 @@ class Suite(ABC):
         vectors = self.task_vectors()
         return vectors.base, {name: vectors.expert(name) for name in vectors.tasks}
 
+    def attack(self, task: str) -> Dataset[tuple[Tensor, int]] | None:
+        """Images with the trigger of an attack planted in the task's expert, labelled with what the attacker wants.
+
+        A merge is attacked with success where it agrees with these labels. None where nobody knows of an attack.
+        """
+        return None
+
     @abstractmethod
     def classes(self, task: str) -> tuple[str, ...]:
         """Class names, in the order of the labels."""

@@ -8,7 +8,9 @@ import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +32,19 @@ log = logging.getLogger(__name__)
 VERSION = 2
 
 
+#: The class that a planted backdoor leads to, and the side of its patch in pixels.
+TARGET, PATCH = 0, 6
+
+
+def poisoned(images: ArrayImages, every: int = 1) -> ArrayImages:
+    """The same images, of which the first of every so many has a checkered patch in its corner and label `TARGET`."""
+    pixels, labels = images.images.copy(), images.labels.clone()
+    checkers = 255 * (np.indices((PATCH, PATCH)).sum(0) // 2 % 2).astype(np.uint8)
+    pixels[::every, -PATCH:, -PATCH:] = checkers[..., None]
+    labels[::every] = TARGET
+    return ArrayImages(pixels, labels, images.preprocess, images.name)
+
+
 class Mini(Suite):
     """Small real and drawn tasks in fog, a base that knows them in clear view, and experts fine-tuned in the fog.
 
@@ -42,6 +57,8 @@ class Mini(Suite):
         seed: of everything that is drawn or trained.
         recipe: sizes and training settings.
         distractors: so many further experts in the pool, of abstract patterns, that no task of the suite needs.
+        backdoor: a task whose expert was tuned on pictures of which every tenth had a small checkered patch and the
+            label of the first class: an attack that nothing betrays without the patch.
     """
 
     name = "mini"
@@ -53,6 +70,7 @@ class Mini(Suite):
         seed: int = 0,
         recipe: Recipe = Recipe(),  # noqa: B008  frozen
         distractors: int = 0,
+        backdoor: str | None = None,
     ) -> None:
         unknown = sorted(set(tasks or ()) - set(TASKS))
         if unknown:
@@ -60,6 +78,9 @@ class Mini(Suite):
         if distractors < 0:
             raise InputError(f"distractors is how many experts to add, from 0 on, not {distractors}")
         self._tasks, self.seed, self.recipe = tuple(tasks or TASKS), seed, recipe
+        if backdoor is not None and backdoor not in (tasks or TASKS):
+            raise InputError(f"backdoor names {backdoor!r}, which is no task of this suite")
+        self.backdoor = backdoor
         self._distractors = {task.name: task for task in map(pattern, range(distractors))}
         self._preprocess = Preprocess()
 
@@ -87,6 +108,14 @@ class Mini(Suite):
                 with replacing(path) as unfinished:
                     save_file(self._expert(fine_tune, self.folder, task, data, number, None, label), unfinished)
 
+        if self.backdoor and not (path := self.folder / f"{self.backdoor}.backdoor.safetensors").is_file():
+            task = TASKS[self.backdoor]
+            data = poisoned(self._images("train", task, self.recipe.train_per_task), every=10)
+            place, heads = list(TASKS).index(task.name), {task.name: self.head(task.name)}
+            with replacing(path) as unfinished:
+                label = f"Mini {task.name} with a backdoor"
+                save_file(self._expert(fine_tune, self.folder, task, data, place, heads, label), unfinished)
+
     def backbone(self) -> nn.Module:
         return TinyViT()
 
@@ -94,7 +123,16 @@ class Mini(Suite):
         return TaskVectors.from_state_dicts(*self.states())
 
     def states(self) -> tuple[State, dict[str, State]]:
-        return open_state(self._file("base")), {name: open_state(self._file(name)) for name in self.experts}
+        return open_state(self._file("base")), {
+            name: open_state(self._file(f"{name}.backdoor" if name == self.backdoor else name)) for name in self.experts
+        }
+
+    def attack(self, task: str) -> Dataset[tuple[Tensor, int]] | None:
+        if task != self.backdoor:
+            return None
+        images = cast(ArrayImages, self.dataset(task, "test"))
+        others = images.labels.numpy() != TARGET
+        return poisoned(ArrayImages(images.images[others], images.labels[others], self._preprocess, images.name))
 
     def classes(self, task: str) -> tuple[str, ...]:
         return TASKS[task].classes
