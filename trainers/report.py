@@ -187,8 +187,9 @@ class Report(L.Callback):
 
 def information(module: Adaptation, stream: Any) -> set[str]:
     """What a run is told: what its objectives and guards need, and, where they take any, the images of its stream."""
-    told = set().union(*(part.needs for part in [*(phase.objective for phase in module.phases), *guards(module)]))
-    if not guards(module) and not any(phase.objective.images for phase in module.phases):
+    watching = guards(module)
+    told = set[str]().union(*(phase.objective.needs for phase in module.phases), *(guard.needs for guard in watching))
+    if not watching and not any(phase.objective.images for phase in module.phases):
         return told
     told |= {"images"}
     if isinstance(stream, Stream):
