@@ -16,8 +16,8 @@ from modules.views import View
 class Objective(nn.Module, ABC):
     """A loss per image, [B], from what a step knows of one task's images.
 
-    `needs` declares the information it takes beyond the images: any of "labels", "teacher", "task id". A run says so
-    when it starts, and refuses labels unless its configuration allows them.
+    `needs` declares the information it takes beyond the images: any of "labels", "teacher", "anchors", "task id". A run
+    says so when it starts, and refuses labels unless its configuration allows them.
     """
 
     needs: frozenset[str] = frozenset({"task id"})
