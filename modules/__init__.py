@@ -1,6 +1,6 @@
 """Learned parts: coefficients, routers, corrections, heads; the merged model that they change; objectives."""
 
-from modules.blocks import Blocks
+from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import Coefficients
 from modules.corrections import Correction, Surgery, TaskBlock
 from modules.elements import ConcreteMask, Elements, Residual
@@ -9,6 +9,7 @@ from modules.merged import MergedModel
 from modules.objectives import (
     Divergence,
     Diversity,
+    DualAnchors,
     Entropy,
     Objective,
     PseudoLabels,
@@ -17,7 +18,7 @@ from modules.objectives import (
     Supervised,
     TaskIdentity,
 )
-from modules.routers import BlockRouter, FeatureRouter, Router
+from modules.routers import BlockRouter, FeatureRouter, Fuser, Router
 from modules.views import Pass, View
 
 __all__ = [
@@ -28,11 +29,14 @@ __all__ = [
     "Correction",
     "Divergence",
     "Diversity",
+    "DualAnchors",
     "Elements",
     "Entropy",
     "FeatureRouter",
+    "Fuser",
     "Head",
     "Heads",
+    "LoneBlocks",
     "MergedModel",
     "Objective",
     "Pass",

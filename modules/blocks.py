@@ -1,4 +1,4 @@
-"""The residual blocks of a model: their outputs, task by task, can be corrected and recorded."""
+"""The residual blocks of a model: their outputs, task by task, can be corrected and recorded; each works alone too."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from adamerge import InputError
 from modules import structure
@@ -47,6 +48,39 @@ class Blocks:
         if self._record is not None:
             self._record[name] = token_mean(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+class LoneBlocks:
+    """Every residual block of a model as a function of a state dict and of inputs of its own.
+
+    Further arguments that a block takes, such as masks, are those of a pass over `image` [1, 3, H, W].
+
+    Attributes:
+        shapes: of the inputs of each block, without the batch.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        self.modules = structure.blocks(model)
+        self.shapes: dict[str, torch.Size] = {}
+        self._rest: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        hooks = [m.register_forward_pre_hook(partial(self._note, n), with_kwargs=True) for n, m in self.modules.items()]
+        with torch.no_grad():
+            model(image)
+        for hook in hooks:
+            hook.remove()
+
+    def __call__(self, name: str, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Block `name` with those tensors of a model's state dict that are its own."""
+        args, kwargs = self._rest[name]
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        output = functional_call(self.modules[name], own, (inputs, *args), kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
+
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args:
+            raise InputError(f"block {name} of this model is called without a positional input: it has no anchors")
+        self.shapes[name], self._rest[name] = args[0].shape[1:], (args[1:], kwargs)
 
 
 def per_task(x: Tensor, segments: Mapping[str, int], function: Callable[[Tensor, str], Tensor]) -> Tensor:

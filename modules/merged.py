@@ -16,7 +16,7 @@ from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
 from adamerge.ops import column_sum, weighted_sum
 from adamerge.rules import Mean
-from modules.blocks import Blocks
+from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import USUAL_SCALE, Coefficients
 from modules.elements import Elements
 from modules.routers import Router
@@ -83,27 +83,52 @@ class MergedModel(nn.Module):
         if elements is not None:
             elements.bind({name: self._frozen.tensor(name) for name in rows})
         self._blocks: Blocks | None = None
+        self._alone: LoneBlocks | None = None
         #: Images per task of the batch that is computed, in its order.
         self.segments: Mapping[str, int] | None = {}
         self._held: Weights | None = None
         self._cache: tuple[Tensor, tuple[int, ...], Weights] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self._held if self._held is not None else self.weights()
+        weights = self.current()
         if self.routing is None or self.router is None or not self.router.global_ or self.routing.given:
             return functional_call(self._frozen.model, weights, args, kwargs)
         with self.holding(weights):
-            routing = self.router(self.shared(*args, **kwargs), "")
-        with self.routing.using(routing):
-            return functional_call(self._frozen.model, weights, args, kwargs)
+            return self.routed(self.shared(*args, **kwargs), *args, **kwargs)
 
     def shared(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The features [B, D] of the shared expert: the model with all routing weights at zero, uncorrected."""
-        weights = self._held if self._held is not None else self.weights()
-        if self.routing is None:
+        """What a router of features looks at, uncorrected.
+
+        The features [B, D] of the shared expert, which is the model with all routing weights at zero; or, for a router
+        that mixes outputs, those of all experts, [B, K D].
+        """
+        if self.routing is None or self.router is None:
             raise InputError("a model without a router has no shared expert")
         with self.routing.off(), self.of(None):
-            features: Tensor = functional_call(self._frozen.model, weights, args, kwargs)
+            if self.router.mixes == "outputs":
+                return torch.cat([self._expert(k, *args, **kwargs) for k in range(len(self.tasks))], 1)
+            features: Tensor = functional_call(self._frozen.model, self.current(), args, kwargs)
+        return features
+
+    def routed(self, shared: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The features [B, D], where what the router of features looks at is known."""
+        assert self.routing is not None
+        assert self.router is not None
+        weights = self.router(shared, "")
+        if self.router.mixes == "outputs":
+            return torch.einsum("bk,bkd->bd", weights.to(shared.dtype), shared.unflatten(1, (len(self.tasks), -1)))
+        with self.routing.using(weights):
+            features: Tensor = self(*args, **kwargs)
+        return features
+
+    @torch.no_grad()
+    def _expert(self, k: int, *args: Any, **kwargs: Any) -> Tensor:
+        """The features [B, D] of one expert, whose weights live for this pass alone."""
+        frozen = self._frozen
+        one = nn.functional.one_hot(torch.tensor(k), len(self.tasks)).to(self.coefficients.raw)
+        rows = self.coefficients.rows
+        weights = {name: weighted_sum(one, frozen.tensor(name), frozen.deltas[name]) for name in rows}
+        features: Tensor = functional_call(frozen.model, weights, args, kwargs)
         return features
 
     @contextmanager
@@ -126,9 +151,24 @@ class MergedModel(nn.Module):
             self._blocks = Blocks(self._frozen.model, lambda: this.segments)
         return self._blocks
 
+    @property
+    def alone(self) -> LoneBlocks:
+        """The residual blocks, each for itself, where unmerged tensors are the base's; after `set_apart`."""
+        assert self._alone is not None
+        return self._alone
+
+    def set_apart(self, image: Tensor) -> LoneBlocks:
+        """Let every residual block work alone, as it does in a pass over `image` [1, 3, H, W]."""
+        self._alone = LoneBlocks(self._frozen.architecture, image)
+        return self._alone
+
     def delta(self, name: str) -> AnyDeltas | None:
         """The deltas of a tensor, [K, *shape]; none where no expert changed it."""
         return self._frozen.deltas.get(name)
+
+    def current(self) -> Weights:
+        """The merged tensors that a call uses now: those that are held, if any are."""
+        return self._held if self._held is not None else self.weights()
 
     def weights(self) -> Weights:
         """The merged tensors by name, differentiable in what learns where gradients are on."""
@@ -181,9 +221,10 @@ class MergedModel(nn.Module):
         return hand_on(total, values, [weight for weight in weights.values() if weight.requires_grad] + others)
 
     def stored_parameters(self) -> int:
-        """How many numbers the merged weights consist of; routed layers keep the deltas of all experts."""
+        """How many numbers the merged weights consist of; what is routed or never merged keeps all experts' deltas."""
         layers = self.routing.layers if self.routing else frozenset()
-        routed = [d for name, d in self._frozen.deltas.items() if name.rpartition(".")[0] in layers]
+        apart = self.router is not None and self.router.mixes == "outputs"
+        routed = [d for name, d in self._frozen.deltas.items() if apart or name.rpartition(".")[0] in layers]
         return sum(p.numel() for p in self._frozen.model.parameters()) + sum(
             d.nbytes // d.dtype.itemsize for d in routed
         )

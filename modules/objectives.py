@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamerge import InputError, objectives
+from adamerge.anchors import similarity
 from modules.views import View
 
 
 class Objective(nn.Module, ABC):
     """A loss per image, [B], from what a step knows of one task's images.
 
-    `needs` declares the information it takes beyond the images: any of "labels", "teacher", "task id". A run says so
-    when it starts, and refuses labels unless its configuration allows them.
+    `needs` declares the information it takes beyond the images: any of "labels", "teacher", "anchors", "task id". A run
+    says so when it starts, and refuses labels unless its configuration allows them.
     """
 
     needs: frozenset[str] = frozenset({"task id"})
     #: Whether it looks at the outputs of the residual blocks.
     blocks: bool = False
+    #: Whether it takes images.
+    images: bool = True
     #: Whether it looks at nothing but the router's opinion of which task an image is of.
     router_only: bool = False
 
@@ -147,6 +150,38 @@ class TaskIdentity(Objective):
         return F.cross_entropy(logits, torch.full((len(logits),), view.number, device=logits.device), reduction="none")
 
 
+class DualAnchors(Objective):
+    """Distance to the expert's outputs on functional dual anchors, made without data (FDA, arXiv:2510.21223).
+
+    Anchors are inputs of a residual block on which a step towards the expert's outputs is a step along its task vector
+    (see `adamerge.anchors`). The loss is Σ_l meanⱼ 1 − cos(f_l(x_lj; θ), f_l(x_lj; θₖ)) over all blocks l and their
+    anchors j, the same for each image of a batch. They are made once per expert, before the first step, and kept in the
+    user's cache folder.
+
+    Args:
+        count: anchors per expert and block, all of them in every step.
+        steps: of AdamW that make them; published: 1200.
+        lr: of these steps.
+        scale: they begin at N(0, scale²).
+        seed: of that start.
+    """
+
+    needs = frozenset({"anchors"})
+    images = False
+
+    def __init__(
+        self, count: int = 64, steps: int = 1200, lr: float = 1e-2, scale: float = 0.01, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if min(count, steps, lr, scale) <= 0:
+            raise InputError(f"count, steps, lr and scale must be positive, got {count}, {steps}, {lr} and {scale}")
+        self.count, self.steps, self.lr, self.scale, self.seed = count, steps, lr, scale, seed
+
+    def forward(self, view: View) -> Tensor:
+        distances = [(1 - similarity(output, target)).mean() for output, target in view.anchors]
+        return torch.stack(distances).sum().expand(view.size)
+
+
 class Supervised(Objective):
     """Cross-entropy against the labels: an upper bound to compare with."""
 
@@ -171,6 +206,7 @@ class Sum(Objective):
         self.terms, self.weights = nn.ModuleList(terms), list(weights or [1.0] * len(terms))
         self.needs = frozenset[str]().union(*(term.needs for term in terms))
         self.blocks = any(term.blocks for term in terms)
+        self.images = any(term.images for term in terms)
         self.router_only = all(term.router_only for term in terms)
 
     def forward(self, view: View) -> Tensor:

@@ -29,6 +29,8 @@ class Router(nn.Module, ABC):
 
     #: Whether weights follow from the features of the model without routing, in a pass of their own.
     global_: bool = False
+    #: What is mixed: the experts' weights, or what every expert gives, which costs a pass through each of them.
+    mixes: Literal["weights", "outputs"] = "weights"
 
     def __init__(self, scope: str = "mlp") -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class Router(nn.Module, ABC):
 
         `features` is the size of its output, `scale` where weights begin that do not say so themselves.
         """
-        if self.sites:
+        if self.tasks:
             raise InputError("this router belongs to another merged model already; build a new one")
         self.sites, self.tasks, self.scale = tuple(site.name for site in sites), tuple(tasks), scale
         self.build(sites, features, torch.promote_types(torch.float32, dtype))
@@ -159,8 +161,8 @@ class FeatureRouter(Router):
         self.classifier = nn.Sequential()
 
     def build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
-        width = features
-        self.classifier.append(nn.LayerNorm(features))  # features of different backbones differ in size by far
+        width = features * (len(self.tasks) if self.mixes == "outputs" else 1)
+        self.classifier.append(nn.LayerNorm(width))  # features of different backbones differ in size by far
         for _ in range(self.layers):
             self.classifier.append(nn.Linear(width, 2 * features)).append(nn.LayerNorm(2 * features))
             self.classifier.append(nn.LeakyReLU()).append(nn.Dropout(self.dropout))
@@ -179,6 +181,27 @@ class FeatureRouter(Router):
         if self.hard and not self.training:
             return nn.functional.one_hot(logits.argmax(1), len(self.tasks)).to(logits)
         return logits.softmax(1)
+
+
+class Fuser(FeatureRouter):
+    """Fusion of experts (FoE, arXiv:2310.01542): an ensemble, the reference for what merging saves.
+
+    The features of all experts, z = [z₁, ..., z_K], say how much each of them counts: Σₖ wₖ zₖ, w = softmax(MLP(z)).
+    Nothing is merged. It takes K forward passes per image and keeps every expert. The MLP is KD → 2D → ... → K.
+
+    Args:
+        layers: hidden layers, each of width 2D.
+        dropout: probability while training.
+        hard: evaluate with the most likely expert alone.
+    """
+
+    mixes = "outputs"
+
+    def __init__(self, layers: int = 1, dropout: float = 0.5, hard: bool = False) -> None:
+        super().__init__(layers, dropout, hard)
+
+    def find(self, model: nn.Module, deltas: Mapping[str, AnyDeltas]) -> list[Site]:
+        return []
 
 
 def conflict(deltas: AnyDeltas) -> float:

@@ -1,6 +1,6 @@
 """What a step knows of each task's images: computed when an objective asks for it, and once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from adamerge import InputError
 from modules.corrections import Correction
 from modules.heads import Heads
-from modules.merged import MergedModel
+from modules.merged import MergedModel, Weights
 
 
 class Known(Protocol):
     """Outputs that do not change while a phase lasts, kept by task and position in its data set."""
 
-    def __call__(self, what: str, task: str, index: Tensor) -> list[Tensor] | None:
-        """The rows of `what` at `index`; none where it is not known."""
+    def __call__(self, what: str, task: str, index: Tensor | None) -> list[Tensor] | None:
+        """The rows of `what` at `index` (`None`: all); none where it is not known."""
 
 
 class Teacher:
@@ -62,13 +62,16 @@ class Pass:
         merged = self.merged
         if merged.routing is None or merged.router is None or not merged.router.global_:
             return cast(Tensor, merged(images))
-        shared = torch.cat([part[0] for part in self.shared.values()])
-        with merged.routing.using(merged.router(shared, "")):
-            return cast(Tensor, merged(images))
+        return merged.routed(torch.cat([part[0] for part in self.shared.values()]), images)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The merged weights."""
+        return self.merged.current()
 
     @cached_property
     def shared(self) -> dict[str, list[Tensor]]:
-        """By task, the features of the shared expert."""
+        """By task, what a router of features looks at: the features of the shared expert, or of all experts."""
         return self._split([self.merged.shared(torch.cat(list(self.images.values())))])
 
     def _split(self, outputs: list[Tensor]) -> dict[str, list[Tensor]]:
@@ -97,6 +100,11 @@ class View:
         self.task = task
         self._part, self._pass, self._heads, self._correction = part, passed, heads, correction
         self._known, self._teachers = known, teachers or heads
+
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        return self._pass.sizes[self.task]
 
     @cached_property
     def number(self) -> int:
@@ -147,6 +155,16 @@ class View:
                 "this run has not prepared the experts' outputs: the objective must declare that it needs a teacher"
             )
         return Teacher(self._teachers[self.task], known[0], known[1:])
+
+    @property
+    def anchors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every residual block, what merge and expert make of the expert's anchors there, [N, ...] each."""
+        rows = self._known("anchors", self.task, None)
+        if rows is None:
+            raise InputError("this run has no anchors: the objective must declare that it needs them")
+        blocks = self._pass.merged.alone
+        for name, inputs, targets in zip(blocks.shapes, rows[::2], rows[1::2], strict=True):
+            yield blocks(name, self._pass.weights, inputs), targets
 
     def _look_up(self, what: str) -> list[Tensor] | None:
         return self._known(what, self.task, self._part["index"]) if "index" in self._part else None

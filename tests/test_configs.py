@@ -12,6 +12,7 @@ from trainers.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "data")
 SMALL = {"train_per_task": 20, "test_per_task": 20, "base_images_per_task": 20, "base_steps": 1, "expert_steps": 1}
+BRIEF = {"fda.yaml": ["--model.init_args.objective.init_args.steps=1"]}
 NEED_FILES = {"finetune.yaml", "local.yaml"}  # run by the README's test
 
 
@@ -33,6 +34,7 @@ def test_runs_for_two_steps(config, tmp_path_factory, monkeypatch, tmp_path):
     monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path_factory.getbasetemp() / "configs-cache"))
     monkeypatch.setattr(sys, "argv", ["train.py"])
     recipe = [f"--model.init_args.suite.init_args.recipe.{name}={value}" for name, value in SMALL.items()]
+    recipe += BRIEF.get(config.name, [])
     main(["fit", f"--config={config}", *recipe, "--trainer.max_steps=2", "--trainer.accelerator=cpu"])
     assert (tmp_path / "runs/run/results.json").is_file()
 

@@ -145,8 +145,9 @@ class Adaptation(LearningModule):
         return [range(start, end) for start, end in pairwise([0, *self.ends()])]
 
     def without_images(self) -> list[range]:
-        """The steps in which known vectors take the place of images."""
-        return [steps for steps, phase in zip(self._spans(), self.phases, strict=True) if self._looks_up(phase)]
+        """The steps that take no images, or known vectors in their place."""
+        spans = zip(self._spans(), self.phases, strict=True)
+        return [steps for steps, phase in spans if self._looks_up(phase) or not phase.objective.images]
 
     def _looks_up(self, phase: Phase) -> str | None:
         """Which vectors stay the same during a phase, such that its objective needs nothing else of the backbone."""

@@ -63,7 +63,7 @@ def _check_objective(phase: Phase, learning: list[str], knows_tasks: bool, allow
 def _check_experts(objective: Objective, suite: Suite) -> None:
     """Where experts teach, every task has one of its own."""
     missing = [task for task in suite.tasks if task not in suite.experts]
-    if missing and ("teacher" in objective.needs or asks_router(objective)):
+    if missing and (objective.needs & {"teacher", "anchors"} or asks_router(objective)):
         raise InputError(
             f"{type(objective).__name__} needs an expert of every task; {missing[0]!r} has none among "
             f"{', '.join(suite.experts)}"

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from adamerge import InputError
 from adamerge.data import fetch
-from modules import Blocks, Objective
+from modules import Blocks, DualAnchors, Objective
+from trainers.anchors import anchor_rows
 from trainers.programs import Joint, Program
 from trainers.streams import Stream
 
@@ -75,17 +76,23 @@ class Known:
     def __init__(self) -> None:
         self._tables: dict[tuple[str, str], tuple[Tensor, list[Tensor]]] = {}
 
-    def __call__(self, what: str, task: str, index: Tensor) -> list[Tensor] | None:
-        """The rows of `what` at `index`; none where it is not known."""
+    def __call__(self, what: str, task: str, index: Tensor | None) -> list[Tensor] | None:
+        """The rows of `what` at `index` (`None`: all); none where it is not known."""
         if (what, task) not in self._tables:
             return None
         place, rows = self._tables[what, task]
+        if index is None:
+            return rows
         at = place[index.to(place.device)]
         return [row[at] for row in rows]
 
     def has(self, what: str) -> bool:
         """Whether anything of this kind is known."""
         return any(kind == what for kind, _ in self._tables)
+
+    def keep(self, what: str, task: str, rows: list[Tensor]) -> None:
+        """Keep these rows, which are of no image."""
+        self._tables[what, task] = torch.arange(len(rows[0])), rows
 
     @torch.no_grad()
     def fill(
@@ -154,3 +161,7 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
             run.teachers[task].to(run.device)
             experts.load(vectors.expert(task))
             keep("expert", task, experts)
+    for part in objective.modules():
+        if isinstance(part, DualAnchors):
+            for task, rows in anchor_rows(run, part):
+                run.known.keep("anchors", task, rows)

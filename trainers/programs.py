@@ -158,6 +158,59 @@ class MGDA(Program):
         return dict(zip(losses, handed, strict=True)), logits
 
 
+class Alternate(Program):
+    """Tuning for each task apart, from the merged point, then merging again (ATM, arXiv:2411.03055).
+
+    From what is learned, φ, every task takes `local_steps` steps of SGD, each on a share of its images, to φ_t. The
+    optimiser is given φ − mean_t φ_t as the gradient: under SGD its rate is the scale of the merge,
+    φ ← φ + rate · mean_t (φ_t − φ), and one local step is a step on the tasks' mean loss.
+
+    Args:
+        local_steps: steps of tuning per task before each merge.
+        lr: their learning rate.
+    """
+
+    def __init__(self, local_steps: int = 4, lr: float = 0.1) -> None:
+        if local_steps < 1 or lr <= 0:
+            raise InputError(f"local_steps and lr must be positive, got {local_steps} and {lr}")
+        self.local_steps, self.lr = local_steps, lr
+
+    def losses(self, run: "Adaptation", batch: Batch) -> Losses:
+        if any(len(part["index"]) < self.local_steps for part in batch.values()):
+            raise InputError(f"Alternate takes {self.local_steps} local steps: batch_size must be that per process")
+        parameters = [p for _, p in run.learned() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        ways = [torch.zeros_like(p) for p in start]
+        losses: dict[str, Tensor] = {}
+        entropies: dict[str, Tensor] = {}
+        for task, part in batch.items():
+            try:
+                losses[task], entropy = self._tune(run, task, part, parameters)
+                entropies.update(entropy)
+            finally:
+                with torch.no_grad():
+                    for p, at, way in zip(parameters, start, ways, strict=True):
+                        way.add_(at - p, alpha=1 / len(batch))
+                        p.copy_(at)
+        return dict(zip(losses, hand_on(ways, list(losses.values()), parameters), strict=True)), entropies
+
+    def _tune(
+        self, run: "Adaptation", task: str, part: dict[str, Tensor], parameters: list[torch.nn.Parameter]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The local steps of one task; its loss and entropy are those before the first."""
+        pieces = {name: x.tensor_split(self.local_steps) for name, x in part.items()}
+        first = None
+        for number in range(self.local_steps):
+            losses, entropies = run.losses({task: {name: piece[number] for name, piece in pieces.items()}})
+            gradients = torch.autograd.grad(losses[task], parameters, materialize_grads=True)
+            with torch.no_grad():
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p.sub_(gradient, alpha=self.lr)
+            first = first or (losses[task].detach(), entropies)
+        assert first is not None
+        return first
+
+
 def shortest(gram: Tensor, iterations: int = 1000) -> Tensor:
     """argmin αᵀ G α over the simplex, α [T], for a Gram matrix G [T, T] of gradients.
 

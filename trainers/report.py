@@ -146,7 +146,9 @@ class Report(L.Callback):
                 stream.num_workers, (trainer.global_rank, trainer.world_size),
             )  # fmt: skip
         rows["this run, start"] = self.accuracies[0]
+        began = time.monotonic()
         rows["this run, adapted"] = self._score(trainer, module, module.scored)
+        per_image = (time.monotonic() - began) / sum(map(len, stream.eval_tasks().values()))  # type: ignore[arg-type]
         more: dict[str, Any] = {}
         if module.task_id == "inferred":
             rows["this run, task given"] = self._score(trainer, module, module)
@@ -161,6 +163,7 @@ class Report(L.Callback):
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
             "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
+            "seconds_per_evaluated_image": float(f"{per_image:.2g}"),
             **more,
             "information": sorted(information(module, stream)),
             "method": module.describe(),
@@ -201,9 +204,12 @@ class Report(L.Callback):
 
 
 def information(module: Adaptation, stream: Any) -> set[str]:
-    """What a run is told: the images, and whatever its objectives, its guards and its stream add."""
-    told = {"images"}.union(*(phase.objective.needs for phase in module.phases))
-    told = told.union(*(guard.needs for guard in guards(module)))
+    """What a run is told: what its objectives and guards need, and, where they take any, the images of its stream."""
+    watching = guards(module)
+    told = set[str]().union(*(phase.objective.needs for phase in module.phases), *(guard.needs for guard in watching))
+    if not watching and not any(phase.objective.images for phase in module.phases):
+        return told
+    told |= {"images"}
     if isinstance(stream, Stream):
         told |= {"task id", "train data"} if stream.train_split == "train" else {"task id"}
     return told
@@ -220,7 +226,12 @@ def budget(module: Adaptation, stream: Any) -> str:
     counts = {part: sum(p.numel() for p in parameters) for part, parameters in module.learned_by_part().items()}
     parts = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
     sees = information(module, stream)
-    words = {"teacher": "the experts' outputs", "task id": "the task of each image", "train data": "training data"}
+    words = {
+        "teacher": "the experts' outputs",
+        "anchors": "inputs made from the experts' weights",
+        "task id": "the task of each image",
+        "train data": "training data",
+    }
     told = ", ".join(words.get(what, what) for what in sorted(sees))
     return f"Learns {sum(counts.values()):,} numbers ({parts}) from: {told}" + (
         "" if "labels" in sees else "; no labels"
