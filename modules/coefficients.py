@@ -130,6 +130,15 @@ class Coefficients(nn.Module):
         values, low = self(), -1 if self.bound == "tanh" else 0
         return float(((values <= low + margin) | (values >= 1 - margin)).float().mean())
 
+    def effective(self, raw: Tensor) -> Tensor:
+        """λ = φ(raw) for raw values [groups, K] other than the current ones."""
+        return _bounded(self.bound, raw)
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> None:
+        """Take these effective values [groups, K]. Raises InputError for values that the bound does not reach."""
+        self.raw.copy_(_inverse(self.bound, values.to(self.raw)))
+
     @contextmanager
     def at(self, values: Tensor | None) -> Iterator[None]:
         """Within the block, the effective coefficients are `values` [rows, K] (`None`: the current ones)."""

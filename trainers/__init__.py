@@ -1,21 +1,30 @@
 """Training with Lightning: adaptation, fine-tuning, streams and the command line."""
 
 from trainers.adaptation import Adaptation
+from trainers.evolution import CMAES, M2N2
 from trainers.finetune import FineTune, LabelledData, fine_tune
 from trainers.frank_wolfe import FrankWolfe
+from trainers.pareto import MAP
 from trainers.programs import MGDA, Alternate, BiLevel, Joint, Program, Weighted
+from trainers.search import AdaMMS, LMCocktail, Search
 from trainers.streams import Stream
 
 __all__ = [
+    "CMAES",
+    "M2N2",
+    "MAP",
     "MGDA",
+    "AdaMMS",
     "Adaptation",
     "Alternate",
     "BiLevel",
     "FineTune",
     "FrankWolfe",
     "Joint",
+    "LMCocktail",
     "LabelledData",
     "Program",
+    "Search",
     "Stream",
     "Weighted",
     "fine_tune",

@@ -102,6 +102,8 @@ class Adaptation(LearningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # of an earlier run nothing is left; a checkpoint that is resumed comes after this
             self._phase, self._ends, self.known = None, None, Known()
+            for phase in self.phases:
+                phase.stepper.reset()
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -220,12 +222,12 @@ class Adaptation(LearningModule):
                 logits[task] = view.logits.detach()
             return value
 
-        if self.micro_batches:
+        if self.micro_batches and torch.is_grad_enabled():
             merged = set(map(id, self.merged.behind()))
             others = [p for _, p in self.learned() if id(p) not in merged]
             values = self.merged.in_parts((partial(loss, task) for task in batch), others)
             return dict(zip(batch, values, strict=True)), logits
-        passed = self.passing(batch)
+        passed = None if self.micro_batches else self.passing(batch)
         return {task: loss(task, passed) for task in batch}, logits
 
     def view(self, task: str, part: Mapping[str, Tensor], passed: Pass | None = None) -> View:

@@ -138,6 +138,33 @@ def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
         save(figure, path)
 
 
+def pareto_front(promised: Tensor, true: Tensor, tasks: Sequence[str], path: Path) -> None:
+    """Trade-offs between tasks as lines over tasks [points, T], the chosen one first: by surrogates, and on new images.
+
+    Two tasks are drawn against each other instead.
+    """
+    with style():
+        pairs = len(tasks) == 2
+        figure = Figure(figsize=(5.2 if pairs else 2.4 + 0.8 * len(tasks), 3.4), layout="constrained")
+        axes = figure.subplots()
+        for losses, ink, label in ((promised, "#7f93a6", "surrogate"), (true, "#c0392b", "new images")):
+            table = losses.numpy()
+            if pairs:
+                axes.scatter(table[1:, 0], table[1:, 1], s=9, color=ink, alpha=0.4, lw=0)
+                axes.scatter(table[0, 0], table[0, 1], s=50, color=ink, marker="*", label=f"chosen, {label}")
+            else:
+                axes.plot(table[1:].T, color=ink, alpha=0.12, lw=0.8)
+                axes.plot(table[0], color=ink, lw=1.8, marker=".", label=f"chosen, {label}")
+        if pairs:
+            axes.set(xlabel=f"loss of {tasks[0]}", ylabel=f"loss of {tasks[1]}")
+        else:
+            axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", rotation_mode="anchor")
+            axes.set(ylabel="loss")
+        axes.set(title=f"Pareto front: {len(promised)} merges")
+        axes.legend(frameon=False, fontsize=7)
+        save(figure, path)
+
+
 def _label_rows(axes: Axes, names: Sequence[str]) -> None:
     """Tensor names at the left, without the block, which a line and a bracketed name mark once."""
     blocks = block_of(names)

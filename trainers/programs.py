@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,18 @@ class Program(ABC):
     def check(self, run: "Adaptation", learning: list[str]) -> None:  # noqa: B027  most programs suit every run
         """Raise InputError for a run that the program does not suit; `learning` are the parts that learn with it."""
 
+    def reset(self) -> None:  # noqa: B027  most programs keep nothing
+        """Forget what an earlier run left."""
+
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  most programs keep nothing
         """Go on from there."""
+
+    def figures(self, tasks: tuple[str, ...], folder: Path) -> None:  # noqa: B027  most programs have none
+        """Draw, at the end of a run, what is worth seeing of it."""
 
 
 class Joint(Program):
@@ -104,6 +111,9 @@ class BiLevel(Program):
             for parameter in others:
                 parameter.requires_grad_(True)
         return average(run, gradient)
+
+    def reset(self) -> None:
+        self._last = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last}

@@ -73,6 +73,10 @@ class Report(L.Callback):
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self._snapshot(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, Adaptation) and self.steps:  # a run may end before its last step
+            self._snapshot(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Adaptation) and trainer.state.fn == "fit":
             scores = {task: float(trainer.callback_metrics[f"accuracy/{task}"]) for task in pl_module.suite.tasks}
@@ -149,6 +153,7 @@ class Report(L.Callback):
         began = time.monotonic()
         rows["this run, adapted"] = self._score(trainer, module, module.scored)
         per_image = (time.monotonic() - began) / sum(map(len, stream.eval_tasks().values()))  # type: ignore[arg-type]
+        self.accuracies[trainer.global_step] = rows["this run, adapted"]
         more: dict[str, Any] = {}
         if module.task_id == "inferred":
             rows["this run, task given"] = self._score(trainer, module, module)
@@ -194,6 +199,8 @@ class Report(L.Callback):
         names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)
         figures.progress(self.steps, losses, names, self.accuracies, experts, tasks, folder / "progress.png")
         figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
+        for phase in module.phases:
+            phase.stepper.figures(tasks, folder)
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:
         self.snapshots[trainer.global_step] = module.coefficients.means().cpu().clone()
