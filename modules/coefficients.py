@@ -119,8 +119,7 @@ class Coefficients(nn.Module):
         """Effective coefficients, [rows, K]."""
         if self._given is not None:
             return self._given.to(self.raw)
-        values = bounded(self.bound, self.raw)
-        return self.start.index_copy(0, self.index, values) if self.fixed else values
+        return self.whole(bounded(self.bound, self.raw))
 
     @torch.no_grad()
     def saturated(self, margin: float = 0.01) -> float:
@@ -130,14 +129,14 @@ class Coefficients(nn.Module):
         values, low = self(), -1 if self.bound == "tanh" else 0
         return float(((values <= low + margin) | (values >= 1 - margin)).float().mean())
 
-    def effective(self, raw: Tensor) -> Tensor:
-        """λ = φ(raw) for raw values [groups, K] other than the current ones."""
-        return _bounded(self.bound, raw)
+    def whole(self, values: Tensor) -> Tensor:
+        """[rows, K] of these effective values [rows that learn, K] and those that do not learn."""
+        return self.start.index_copy(0, self.index, values) if self.fixed else values
 
     @torch.no_grad()
     def assign(self, values: Tensor) -> None:
-        """Take these effective values [groups, K]. Raises InputError for values that the bound does not reach."""
-        self.raw.copy_(_inverse(self.bound, values.to(self.raw)))
+        """Take effective values [rows that learn, K]. Raises InputError for values that the bound does not reach."""
+        self.raw.copy_(inverse(self.bound, values.to(self.raw)))
 
     @contextmanager
     def at(self, values: Tensor | None) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adamerge import InputError
+from modules.bounds import bounded
 from trainers.search import Search
 from trainers.streams import Batch
 
@@ -32,7 +33,7 @@ class CMAES(Search):
         batches: the number of generations; default: as many as the run has steps.
     """
 
-    bounds = ("none", "clamp", "softmax", "sigmoid", "tanh")
+    bounds = ("none", "clamp", "softmax", "simplex", "sigmoid", "tanh")
 
     def __init__(self, sigma: float = 0.1, population: int | None = None, batches: int | None = None) -> None:
         super().__init__(batches)
@@ -48,7 +49,7 @@ class CMAES(Search):
         sampler = self._sampler = self._sampler or self._replayed()
         points = [sampler.ask() for _ in range(sampler.population_size)]
         values = [torch.from_numpy(point).view_as(raw).to(raw) for point in points]
-        scores = [self.score(run, batch, run.coefficients.effective(value)) for value in values]
+        scores = [self.score(run, batch, bounded(run.coefficients.bound, value)) for value in values]
         losses = [torch.stack([each.double().mean() for each in score.values()]).sum() for score in scores]
         told = torch.stack(losses).nan_to_num(nan=torch.inf)
         sampler.tell(list(zip(points, told.tolist(), strict=True)))
@@ -115,7 +116,7 @@ class M2N2(Search):
         run.coefficients.assign(merges[stay][int((lead / (age + 1))[stay].argmax())])
 
     def _living(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients [N, groups, K], sum of leads in score [N] and age in steps [N]; at first of base and experts."""
+        """Coefficients [N, rows, K], sum of leads in score [N] and age in steps [N]; at first of base and experts."""
         if "merges" not in self.kept:
             experts = torch.eye(raw.shape[1], dtype=torch.float64)
             first = torch.cat([torch.zeros_like(experts[:1]), experts])[:, None].repeat(1, len(raw), 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamerge import InputError
 from modules import View
-from modules.coefficients import Bound
+from modules.bounds import Bound
 from trainers.programs import Losses, Program
 from trainers.streams import Batch
 
@@ -71,11 +71,12 @@ class Search(Program):
     ) -> dict[str, Tensor]:
         """By task, what a merge gives for each image: the losses [B] of the phase's objective, or another function.
 
-        The candidate is made of effective coefficients [groups, K], or [K] for all groups. All candidates of a step
-        see the same images: what is common to them does not blur their differences.
+        The candidate is made of effective coefficients for the rows that learn, [rows, K], or [K] for all of them. All
+        candidates of a step see the same images: what is common to them does not blur their differences.
         """
         of = of or run.phase.objective
-        with run.coefficients.at(candidate.to(run.coefficients.raw).expand_as(run.coefficients.raw)):
+        values = candidate.to(run.coefficients.raw).expand_as(run.coefficients.raw)
+        with run.coefficients.at(run.coefficients.whole(values)):
             shared = None if run.micro_batches else run.passing(batch)
             return {task: of(run.view(task, part, shared)).cpu() for task, part in batch.items()}
 
@@ -94,11 +95,12 @@ class AdaMMS(Search):
 
     argmin_i d(i−1, i) + d(i, i+1), where d is the share of images that two neighbours put into different classes, the
     mean over tasks and over all batches so far: no labels and no loss, so the objective is not used. The ends of the
-    grid have one neighbour each and would win by half a sum; they serve as neighbours and are not chosen.
+    grid have one neighbour each and would win by half a sum; they serve as neighbours and are not chosen. The grid has
+    to end among good models: merges that have broken down agree with each other best of all.
 
     Args:
-        grid: at least three numbers in rising order; default: 0, 0.05, ..., 0.5 for scales, 0, 0.1, ..., 1 for
-            interpolation.
+        grid: at least three numbers in rising order; default: eleven from 0 to 1 for interpolation, from 0 to twice the
+            usual scale of the suite for scales.
         path: `scale`: one coefficient for all tasks, θ₀ + λ Σₖ τₖ; `interpolation`, as published, for two experts:
             (1 − λ) τ₁ + λ τ₂.
         batches: the number of batches to compare on.
@@ -111,33 +113,34 @@ class AdaMMS(Search):
         batches: int = 10,
     ) -> None:
         super().__init__(batches)
-        self.grid = grid or [n / (20 if path == "scale" else 10) for n in range(11)]
-        self.path = path
-        if len(self.grid) < 3 or sorted(set(self.grid)) != list(self.grid):
-            raise InputError(f"grid needs at least three numbers in rising order, not {self.grid}")
+        self.grid, self.path = grid, path
+        if grid is not None and (len(grid) < 3 or sorted(set(grid)) != list(grid)):
+            raise InputError(f"grid needs at least three numbers in rising order, not {grid}")
 
     def check(self, run: "Adaptation", learning: list[str]) -> None:
         super().check(run, learning)
         if self.path == "interpolation" and len(run.suite.tasks) != 2:
             raise InputError(f"interpolation is between two experts, not {len(run.suite.tasks)}: use path scale")
-        if run.coefficients.bound == "clamp" and not 0 <= self.grid[0] <= self.grid[-1] <= 1:
+        points = self._points(run)
+        if run.coefficients.bound == "clamp" and not 0 <= float(points.min()) <= float(points.max()) <= 1:
             raise InputError(f"grid {self.grid} leaves [0, 1], to which these coefficients are clamped")
 
     def step(self, run: "Adaptation", batch: Batch) -> None:
-        points = torch.tensor(self.grid, dtype=torch.float64)[:, None]
-        if self.path == "interpolation":
-            points = torch.cat([1 - points, points], 1)
+        points = self._points(run)
         classes = [self.score(run, batch, point, lambda view: view.logits.argmax(-1)) for point in points]
-        changes = torch.tensor(
-            [
-                [float((here[task] != there[task]).double().mean()) for task in batch]
-                for here, there in pairwise(classes)
-            ],
-            dtype=torch.float64,
-        )
-        self.kept["changes"] = self.kept.get("changes", 0) + changes.mean(1)
-        apart = self.kept["changes"]
-        run.coefficients.assign(points[1 + int((apart[:-1] + apart[1:]).argmin())].expand_as(run.coefficients.raw))
+        apart = [
+            sum(float((here[task] != there[task]).double().mean()) for task in batch) / len(batch)
+            for here, there in pairwise(classes)
+        ]
+        self.kept["apart"] = total = self.kept.get("apart", 0) + torch.tensor(apart, dtype=torch.float64)
+        run.coefficients.assign(points[1 + int((total[:-1] + total[1:]).argmin())].expand_as(run.coefficients.raw))
+
+    def _points(self, run: "Adaptation") -> Tensor:
+        """Coefficients of the candidates, [N, 1] for scales and [N, 2] for interpolation."""
+        most = 1.0 if self.path == "interpolation" else 2 * run.suite.scale
+        grid = [most * n / 10 for n in range(11)] if self.grid is None else self.grid
+        points = torch.tensor(grid, dtype=torch.float64)[:, None]
+        return torch.cat([1 - points, points], 1) if self.path == "interpolation" else points
 
 
 class LMCocktail(Search):

@@ -214,3 +214,20 @@ def test_saturation_is_the_share_of_values_at_a_bound(bound, raw, fraction):
     coefficients = Coefficients("tensor", bound).bind([str(n) for n in range(len(raw))], ["a", "b"])
     coefficients.raw.data.copy_(torch.tensor(raw))
     assert coefficients.saturated() == fraction
+
+
+@pytest.mark.parametrize("name", ["none", "clamp", "softmax", "simplex", "sigmoid", "tanh"])
+@pytest.mark.parametrize("only", [None, r"fc\.weight"])
+def test_effective_values_are_taken_through_the_inverse_of_the_bound(name, only):
+    coefficients = bound(bound=name, only=only)
+    start, values = coefficients().detach(), torch.rand_like(coefficients.raw).softmax(1)
+    coefficients.assign(values)
+    torch.testing.assert_close(coefficients(), coefficients.whole(values))
+    learns = [only is None or "fc.weight" in row for row in ROWS]
+    torch.testing.assert_close(coefficients()[learns], values)
+    assert torch.equal(coefficients()[[not it for it in learns]], start[[not it for it in learns]])
+
+
+def test_values_out_of_bounds_are_not_taken():
+    with pytest.raises(InputError, match=r"1\.5 is not possible under bound 'clamp'"):
+        bound(bound="clamp").assign(torch.full((5, 3), 1.5))

@@ -206,7 +206,7 @@ def test_cma_es_goes_on_with_its_own_population_only(adapt, tmp_path):
 def fake(k: int = 3) -> SimpleNamespace:
     """As much of a run as a search asks for whose scores are given."""
     coefficients = Coefficients("model").bind(["w"], "abc"[:k])
-    return SimpleNamespace(coefficients=coefficients, suite=SimpleNamespace(tasks=tuple("abc"[:k])))
+    return SimpleNamespace(coefficients=coefficients, suite=SimpleNamespace(tasks=tuple("abc"[:k]), scale=0.3))
 
 
 def test_adamms_takes_the_merge_that_agrees_most_with_its_neighbours(monkeypatch):
@@ -217,11 +217,11 @@ def test_adamms_takes_the_merge_that_agrees_most_with_its_neighbours(monkeypatch
         search, "score", lambda run, batch, point, of: {"a": torch.tensor(classes[round(4 * float(point))])}
     )
     search.step(run, {"a": {}})
-    assert search.kept["changes"].tolist() == [0, 1, 0.25, 0.25]  # the first and last merge have one neighbour
+    assert search.kept["apart"].tolist() == [0, 1, 0.25, 0.25]  # the first and last merge have one neighbour
     assert run.coefficients().tolist() == [[0.75] * 3]
     classes[1:3] = [[1, 1, 1, 2], [1, 2, 2, 2]]
     search.step(run, {"a": {}})
-    assert search.kept["changes"].tolist() == [0.25, 1.5, 0.75, 0.5]  # batches add up
+    assert search.kept["apart"].tolist() == [0.25, 1.5, 0.75, 0.5]  # batches add up
     assert run.coefficients().tolist() == [[0.75] * 3]
 
 
