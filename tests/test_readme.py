@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from trainers.cli import main
 from trainers.compare import main as compare
+from trainers.recommend import main as recommend
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,13 +49,12 @@ def small(command: list[str]) -> list[str]:
     return [*command, *few, *(f"--model.init_args.suite.init_args.recipe.{k}={v}" for k, v in SMALL.items())]
 
 
-def compared(command: list[str]) -> None:
-    """The comparison of two of its methods on one seed."""
-    at = {name: command.index(name) for name in ("--methods", "--seeds", "--output")}
-    methods = sorted(glob.glob(command[at["--methods"] + 1]))[:2]
-    few = ["--", *small([])]
+def several(main: Callable[[list[str]], None], command: list[str], *few: str) -> None:
+    """The command with two of its methods."""
+    first, last = command.index("--methods") + 1, command.index("--output")
+    methods = sorted(glob.glob(command[first]))[:2]
     with pytest.raises(SystemExit) as end:
-        compare([*command[: at["--methods"] + 1], *methods, "--seeds", "0", *command[at["--output"] :], *few])
+        main([*command[:first], *methods, *few, *command[last:], "--", *small([])])
     assert end.value.code == 0
 
 
@@ -62,7 +63,9 @@ def shell(block: str) -> None:
         if line.startswith("python train.py "):
             main(small(shlex.split(line)[2:]))
         elif line.startswith("python -m trainers.compare "):
-            compared(shlex.split(line)[3:])
+            several(compare, shlex.split(line)[3:], "--seeds", "0")
+        elif line.startswith("python -m trainers.recommend "):
+            several(recommend, shlex.split(line)[3:], "--steps", "2")
         elif line.startswith("make "):
             subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, check=True, capture_output=True)
         else:

@@ -36,10 +36,11 @@ class Report(L.Callback):
         every: steps between two snapshots of the coefficients.
         references: score the base, the experts and static merges too (once per suite; kept in the cache folder).
         figures: draw the figures.
+        scores: score anything at all, which takes labels.
     """
 
-    def __init__(self, every: int = 10, references: bool = True, figures: bool = True) -> None:
-        self.every, self.references, self.figures = every, references, figures
+    def __init__(self, every: int = 10, references: bool = True, figures: bool = True, scores: bool = True) -> None:
+        self.every, self.references, self.figures, self.scores = every, references, figures, scores
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
         self.snapshots: dict[int, Tensor] = {}
@@ -54,7 +55,7 @@ class Report(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Adaptation) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("%s", budget(pl_module, trainer.datamodule))  # type: ignore[attr-defined]
-            if 0 not in self.accuracies:
+            if self.scores and 0 not in self.accuracies:
                 self.accuracies[0] = self._score(trainer, pl_module, pl_module.scored)
                 self.attacks["start"] = self._score_attacks(trainer, pl_module)
             self._snapshot(trainer, pl_module)
@@ -115,7 +116,8 @@ class Report(L.Callback):
                 write_coefficients(table, folder / "coefficients.json")
             if self.figures:
                 self._draw(pl_module, results, folder / "figures")
-            results.show()
+            if self.scores:
+                results.show()
             for when, rates in self.attacks.items():
                 words = ", ".join(f"{task} {100 * rate:.1f} %" for task, rate in rates.items())
                 if words:
@@ -143,24 +145,7 @@ class Report(L.Callback):
 
     def _results(self, trainer: L.Trainer, module: Adaptation) -> Results:
         stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
-        rows: dict[str, Accuracy] = {}
-        if self.references:
-            rows = reference_rows(
-                module.suite, stream.eval_tasks(), stream.eval_batch_size, module.device, module.merged.fingerprints,
-                stream.num_workers, (trainer.global_rank, trainer.world_size),
-            )  # fmt: skip
-        rows["this run, start"] = self.accuracies[0]
-        began = time.monotonic()
-        rows["this run, adapted"] = self._score(trainer, module, module.scored)
-        per_image = (time.monotonic() - began) / sum(map(len, stream.eval_tasks().values()))  # type: ignore[arg-type]
-        self.accuracies[trainer.global_step] = rows["this run, adapted"]
-        more: dict[str, Any] = {}
-        if module.task_id == "inferred":
-            rows["this run, task given"] = self._score(trainer, module, module)
-            more["task_identification"] = self._score(trainer, module, module.identified)
-        if any(self.attacks.values()):
-            self.attacks["adapted"] = self._score_attacks(trainer, module)
-            more["attack_success"] = self.attacks
+        rows, measured = self._scored(trainer, module) if self.scores else ({}, {})
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
@@ -168,8 +153,7 @@ class Report(L.Callback):
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
             "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
-            "seconds_per_evaluated_image": float(f"{per_image:.2g}"),
-            **more,
+            **measured,
             "information": sorted(information(module, stream)),
             "method": module.describe(),
             "suite_arguments": module.hparams.get("suite", {}).get("init_args", {}),
@@ -186,6 +170,29 @@ class Report(L.Callback):
         }
         return Results(module.suite.name, module.suite.tasks, rows, settings)
 
+    def _scored(self, trainer: L.Trainer, module: Adaptation) -> tuple[dict[str, Accuracy], dict[str, Any]]:
+        """The rows of accuracies, and what else takes labels or is measured along with them."""
+        stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
+        rows: dict[str, Accuracy] = {}
+        if self.references:
+            rows = reference_rows(
+                module.suite, stream.eval_tasks(), stream.eval_batch_size, module.device, module.merged.fingerprints,
+                stream.num_workers, (trainer.global_rank, trainer.world_size),
+            )  # fmt: skip
+        rows["this run, start"] = self.accuracies[0]
+        began = time.monotonic()
+        rows["this run, adapted"] = self._score(trainer, module, module.scored)
+        per_image = (time.monotonic() - began) / sum(map(len, stream.eval_tasks().values()))  # type: ignore[arg-type]
+        self.accuracies[trainer.global_step] = rows["this run, adapted"]
+        more: dict[str, Any] = {"seconds_per_evaluated_image": float(f"{per_image:.2g}")}
+        if module.task_id == "inferred":
+            rows["this run, task given"] = self._score(trainer, module, module)
+            more["task_identification"] = self._score(trainer, module, module.identified)
+        if any(self.attacks.values()):
+            self.attacks["adapted"] = self._score_attacks(trainer, module)
+            more["attack_success"] = self.attacks
+        return rows, more
+
     def _draw(self, module: Adaptation, results: Results, folder: Path) -> None:
         tasks, groups = module.suite.tasks, module.coefficients.groups
         steps = sorted(self.snapshots)
@@ -198,7 +205,8 @@ class Report(L.Callback):
         experts = results.rows.get("experts")
         names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)
         figures.progress(self.steps, losses, names, self.accuracies, experts, tasks, folder / "progress.png")
-        figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
+        if results.rows:
+            figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
         for phase in module.phases:
             phase.stepper.figures(tasks, folder)
 

@@ -1,7 +1,7 @@
 """The test stream: batches of known tasks, each a pure function of (seed, step)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -29,6 +29,8 @@ class Stream(L.LightningDataModule):
         batch_size: images per task and step, over all processes.
         split: the split to score, and to adapt on unless `train_split` says otherwise.
         train_split: another split to adapt on, for objectives that are trained on training data.
+        half: adapt on one half of the images alone, 0 or 1, as `seed` divides them: two runs with a half each tell how
+            far a result depends on its images. Default: adapt on all.
         tasks_per_step: how many tasks a step takes images of; all tasks come once, in an order drawn anew, before one
             comes again. Default: all at every step.
         per_task: adapt on that many images of each task (all of them, where there are fewer), drawn by the seed.
@@ -50,6 +52,7 @@ class Stream(L.LightningDataModule):
         train_split: Split | None = None,
         tasks_per_step: int | None = None,
         per_task: int | None = None,
+        half: Literal[0, 1] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -66,7 +69,8 @@ class Stream(L.LightningDataModule):
             raise InputError(f"tasks_per_step must be positive, got {tasks_per_step}")
         if per_task is not None and per_task < 1:
             raise InputError(f"per_task must be positive, got {per_task}")
-        self.train_split, self.tasks_per_step, self.per_task = train_split or split, tasks_per_step, per_task
+        self.train_split, self.tasks_per_step = train_split or split, tasks_per_step
+        self.per_task, self.half = per_task, half
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
 
@@ -78,7 +82,7 @@ class Stream(L.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        names = ("batch_size", "split", "train_split", "tasks_per_step", "per_task", "held_out", "seed")
+        names = ("batch_size", "split", "train_split", "tasks_per_step", "per_task", "held_out", "half", "seed")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def eval_tasks(self) -> dict[str, Dataset[Any]]:
@@ -119,6 +123,9 @@ class Stream(L.LightningDataModule):
             if self.held_out:
                 adapt, held = split_held_out(len(dataset), self.held_out, self.seed)  # type: ignore[arg-type]
                 adapted, scored = Part(dataset, adapt), Part(dataset, held)
+            if self.half is not None:
+                half = split_held_out(len(adapted), 0.5, self.seed)[self.half]  # type: ignore[arg-type]
+                adapted = Part(adapted, half)
             parts[task] = (self._few(task, adapted), scored)
         return parts
 

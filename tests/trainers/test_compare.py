@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers import compare, compare_figures
+from trainers import compare, compare_figures, plans
 from trainers.compare import Plan
 from trainers.compare_runs import STOPPED, Record, Run, execute, reason, wait
 from trainers.comparison import BEST, Comparison, Outcome
@@ -217,7 +217,7 @@ def test_nothing_is_repeated(capsys, monkeypatch):
     arguments = [*GIVEN, "tensor.yaml", "task_wise.yaml", "--seeds", "0", "1"]
     for number, run in enumerate(Plan(arguments).runs):
         leave(run, **results(0.6 + number / 100))
-    monkeypatch.setattr(compare, "execute", lambda run: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(plans, "execute", lambda run: pytest.fail("a run was repeated"))
     with pytest.raises(SystemExit) as stopped:
         compare.main(arguments)
     assert stopped.value.code == 0
@@ -240,7 +240,7 @@ def test_an_interruption_keeps_and_shows_what_is_there(capsys, monkeypatch):
     def stop(run):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "execute", stop)
+    monkeypatch.setattr(plans, "execute", stop)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         compare.main(arguments)

@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from tiny_suite import TinySuite
+from tiny_suite import TinySuite, Unlabelled
 
 from adamerge import InputError
 from modules import (
@@ -157,3 +157,12 @@ def test_stored_numbers_are_those_of_the_merge_its_router_and_its_correction():
     assert plain.stored_parameters() == backbone
     assert routed.stored_parameters() == backbone + 3 * mlps + 6
     assert corrected.stored_parameters() == backbone + 3 * 2 * 2 * 8
+
+
+def test_a_run_without_scores_reads_no_label_and_draws_what_there_is(adapt, tmp_path):
+    """The accuracies that are missing leave an empty table, and figures of loss and coefficients."""
+    adapt(steps=2, callbacks=[Report(scores=False)], suite=Unlabelled())
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["rows"], found["steps"]) == ([], 2)
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"coefficients", "coefficients_over_steps", "progress"}

@@ -91,6 +91,24 @@ def test_held_out_images_are_scored_and_never_adapted_on(adapt):
     assert {task: len(data) for task, data in stream.eval_tasks().items()} == {"one": 12, "two": 12, "three": 12}
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"held_out": 0.4}, {"train_split": "train"}], ids=str)
+def test_two_halves_share_nothing_and_cover_what_is_adapted_on(suite, kwargs):
+    """Both are scored on all that is scored without halves."""
+
+    def parts(half: int | None) -> dict:
+        stream = Stream(batch_size=4, half=half, **kwargs)
+        stream.trainer = SimpleNamespace(lightning_module=SimpleNamespace(suite=suite))
+        return stream._parts()
+
+    first, second, whole = parts(0), parts(1), parts(None)
+    for task in suite.tasks:
+        own = [set(half[task][0].indices.tolist()) for half in (first, second)]
+        assert not own[0] & own[1]
+        assert own[0] | own[1] == set(range(len(whole[task][0])))
+        assert abs(len(own[0]) - len(own[1])) <= 1
+        assert len(first[task][1]) == len(second[task][1]) == len(whole[task][1])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
