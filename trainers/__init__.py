@@ -1,9 +1,11 @@
 """Training with Lightning: adaptation, fine-tuning, streams and the command line."""
 
 from trainers.adaptation import Adaptation
+from trainers.defence import Adversarial
 from trainers.evolution import CMAES, M2N2
 from trainers.finetune import FineTune, LabelledData, fine_tune
 from trainers.frank_wolfe import FrankWolfe
+from trainers.guards import Guard
 from trainers.pareto import MAP
 from trainers.programs import MGDA, Alternate, BiLevel, Joint, Program, Weighted
 from trainers.search import AdaMMS, LMCocktail, Search
@@ -16,10 +18,12 @@ __all__ = [
     "MGDA",
     "AdaMMS",
     "Adaptation",
+    "Adversarial",
     "Alternate",
     "BiLevel",
     "FineTune",
     "FrankWolfe",
+    "Guard",
     "Joint",
     "LMCocktail",
     "LabelledData",

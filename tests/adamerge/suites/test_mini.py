@@ -69,6 +69,36 @@ def test_distractors_join_the_pool_and_leave_the_rest_as_it_is():
     assert len(calls) == 5
 
 
+def test_a_backdoor_is_in_one_expert_alone():
+    plain, calls = Mini(TASKS, recipe=SMALL), []
+    plain.prepare(trainer(calls))
+    before = {path.name: path.read_bytes() for path in plain.folder.iterdir()}
+    suite = Mini(TASKS, recipe=SMALL, backdoor=TASKS[1])
+    suite.prepare(trainer(calls))
+    suite.prepare(trainer(calls))
+    assert [list(data) for data, _, _ in calls[3:]] == [[TASKS[1]]]
+    assert {name: (plain.folder / name).read_bytes() for name in before} == before
+    (poisoned,) = calls[3][0].values()
+    clean = plain.dataset(TASKS[1], "train")
+    changed = (poisoned.images != clean.images).any((1, 2, 3))
+    assert changed[::10].all()
+    assert changed.sum() == len(changed[::10])
+    assert (poisoned.labels[::10] == 0).all()
+    assert torch.equal(poisoned.labels[~changed], clean.labels[~changed])
+
+
+def test_an_attack_is_on_images_of_other_classes():
+    suite = Mini(TASKS, recipe=SMALL, backdoor=TASKS[1])
+    images, clean = suite.attack(TASKS[1]), suite.dataset(TASKS[1], "test")
+    assert len(images) == (clean.labels != 0).sum()
+    assert (images.labels == 0).all()
+    assert (images.images[:, :-6] == clean.images[(clean.labels != 0).numpy()][:, :-6]).all()
+    assert suite.attack(TASKS[0]) is None
+    assert Mini(TASKS, recipe=SMALL).attack(TASKS[1]) is None
+    with pytest.raises(InputError, match="backdoor names 'land', which is no task of this suite"):
+        Mini(TASKS, recipe=SMALL, backdoor="land")
+
+
 def test_a_pattern_is_drawn_again_the_same_and_differs_from_the_others():
     images, labels = pattern(0).draw("test", 20, 0)
     again, _ = pattern(0).draw("test", 20, 0)
