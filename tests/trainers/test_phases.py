@@ -346,5 +346,5 @@ def test_the_teacher_has_the_original_experts_and_heads(adapt):
     index = looked_up(module, "two")
     images, _ = suite.dataset("two", "test").batch(index)
     torch.testing.assert_close(module.known("expert", "two", index)[0], experts(images)[0], rtol=0, atol=1e-6)
-    assert torch.equal(module._teachers["two"].weight, suite.head("two").weight)
+    assert torch.equal(module.teachers["two"].weight, suite.head("two").weight)
     assert not torch.equal(module.heads["two"].weight, suite.head("two").weight)

@@ -133,7 +133,7 @@ def frozen(module: Adaptation) -> dict[str, torch.Tensor]:
     inside = module.merged._frozen
     state = {f"base.{name}": value for name, value in inside.model.state_dict().items()}
     state |= {f"delta.{name}": dense(delta) for name, delta in inside.deltas.items()}
-    state |= {f"teacher.{task}": head.weight for task, head in module._teachers.items()}
+    state |= {f"teacher.{task}": head.weight for task, head in module.teachers.items()}
     learned = {name for name, _ in module.learned()}
     return state | {name: p for name, p in module.named_parameters() if name not in learned}
 
