@@ -130,7 +130,7 @@ def test_overlays_change_what_they_name():
         ("--model.init_args.coefficients.init_args.grian=tensor", "'grian' is not accepted"),
         (
             "--model.init_args.coefficients.init_args.grain=layer",
-            r"model\.coefficients\.grain .*'tensor'\]. Got value: layer",
+            r"model\.coefficients\.grain .*'column'\]. Got value: layer",
         ),
         ("--data.init_args.batch_size=three", r"data\.batch_size .*Got value: three"),
         ("--data.init_args.batch_size=0", "batch sizes must be positive"),
