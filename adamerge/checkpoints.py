@@ -55,6 +55,10 @@ class SafetensorsState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of one tensor."""
+        return self._handles[self._files[name]].get_slice(name)[rows]
+
     def meta(self, name: str) -> Tensor:
         """A tensor of that name's shape and dtype without data, from the file's header."""
         part = self._handles[self._files[name]].get_slice(name)
@@ -67,6 +71,11 @@ class SafetensorsState(Mapping[str, Tensor]):
 def meta(state: Mapping[str, Tensor], name: str) -> Tensor:
     """Shape and dtype of one tensor, without reading its bytes where the state is lazy."""
     return state.meta(name) if hasattr(state, "meta") else state[name]
+
+
+def rows_of(state: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
+    """Some rows of one tensor (of its first axis), read alone where the state is lazy."""
+    return state.rows(name, rows) if hasattr(state, "rows") else state[name][rows]
 
 
 def open_state(where: str | Path, prefix: str = "") -> Mapping[str, Tensor]:
@@ -101,6 +110,10 @@ class Renamed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """As `rows_of(state, name, rows)`, under the new name."""
+        return rows_of(self._state, self._names[name], rows)
 
     def meta(self, name: str) -> Tensor:
         """As `meta(state, name)`, under the new name."""

@@ -1,20 +1,24 @@
-"""Static merging: transforms, then one rule over all tensors."""
+"""Static merging: transforms, then one rule over all tensors, then corrections."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.rules import ElectSign, Rule, TaskArithmetic, Transform, transform
+from adamerge.rules import Correction, ElectSign, Rule, TaskArithmetic, Transform, WeightRule, transform
 from adamerge.rules.base import check_transforms
-from adamerge.rules.combining import combined
+from adamerge.rules.combining import MergedState, in_memory
 from adamerge.task_vectors import TaskVectors
+
+#: What a list of rules may hold.
+Step = Transform | Rule[Any] | Correction[Any]
 
 
 @torch.no_grad()
 def merge(
-    task_vectors: TaskVectors, rules: Sequence[Rule | Transform] = (TaskArithmetic(),), scale: float = 1.0
+    task_vectors: TaskVectors, rules: Sequence[Step] = (TaskArithmetic(),), scale: float = 1.0
 ) -> dict[str, Tensor]:
     """Merge experts into one state dict: θ = θ₀ + scale · combine(τ₁ … τ_K).
 
@@ -23,37 +27,55 @@ def merge(
 
     Args:
         task_vectors: base and deltas; not changed.
-        rules: transforms in the order in which they apply, then the rule that combines, all of `adamerge.rules`. After
-            transforms alone, the sum is taken (`TaskArithmetic`). `[Trim(0.2), ElectSign("sum")]` is TIES.
+        rules: transforms in the order in which they apply, then the rule that combines, then corrections of the
+            outcome, all of `adamerge.rules`. Where no rule combines, the sum is taken (`TaskArithmetic`).
+            `[Trim(0.2), ElectSign("sum")]` is TIES, `[Consensus()]` is Consensus task arithmetic.
         scale: factor on the combined task vector; 1 for `Mean` and `LearnedCoefficients`, 0.3 is usual for
             `TaskArithmetic`.
 
     Raises:
-        InputError: for no rule or several, and for transforms that make no sense in this order.
+        InputError: for no rule or several, and for stages that make no sense in this order.
     """
-    transforms, rule = _split(rules)
-    return combined(transform(task_vectors, transforms), rule, scale)
+    return in_memory(plan(task_vectors, rules, scale), task_vectors.tied)
 
 
-def _split(rules: Sequence[Rule | Transform]) -> tuple[list[Transform], Rule]:
-    """The transforms, and the rule that combines."""
-    combining = [rule for rule in rules if not isinstance(rule, Transform)]
+@torch.no_grad()
+def plan(task_vectors: TaskVectors, rules: Sequence[Step] = (TaskArithmetic(),), scale: float = 1.0) -> MergedState:
+    """As `merge`, but each tensor is computed when it is asked for; passes over all tensors are made here."""
+    transforms, rule, corrections = stages(rules)
+    rule.check(task_vectors.tasks)
+    return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale)
+
+
+def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Correction[Any]]]:
+    """The transforms, the rule that combines, the corrections; raises InputError for a list that makes no sense."""
+    transforms = [step for step in rules if isinstance(step, Transform)]
+    combining: list[Rule[Any]] = [step for step in rules if isinstance(step, Rule) and not isinstance(step, Transform)]
+    corrections = [step for step in rules if isinstance(step, Correction)]
+    names = [type(step).__name__ for step in rules]
     if len(combining) > 1 or not rules:
-        raise InputError(f"expected one merging rule, got {len(combining)}: {[type(rule).__name__ for rule in rules]}")
-    if combining and combining[0] is not rules[-1]:
+        raise InputError(f"expected one merging rule, got {len(combining)}: {names}")
+    if list(rules[len(rules) - len(corrections) :]) != corrections:
+        raise InputError(f"{type(corrections[0]).__name__} corrects what a rule has combined: put it after the others")
+    if combining and combining[0] is not rules[-len(corrections) - 1]:
         raise InputError(f"{type(combining[0]).__name__} combines the experts: put it last in the list of rules")
-    check_transforms([rule for rule in rules if isinstance(rule, Transform)])
-    last = rules[-1]
-    if isinstance(last, Rule):
-        transforms = [rule for rule in rules[:-1] if isinstance(rule, Transform)]
-    elif last.sums:
-        transforms, last = [rule for rule in rules if isinstance(rule, Transform)], TaskArithmetic()
-    else:
-        raise InputError(f"{type(last).__name__} does not combine the experts: end the list with a rule that does")
+    check_transforms(transforms)
+    if not combining and transforms:
+        last = transforms[-1]
+        if isinstance(last, Rule):
+            return transforms[:-1], last, corrections
+        if not last.sums:
+            raise InputError(f"{type(last).__name__} does not combine the experts: end the list with a rule that does")
+    rule = combining[0] if combining else TaskArithmetic()
     for step in transforms:
         if isinstance(step, ElectSign) and step.mean:
             raise InputError(
-                f"ElectSign('mean') combines the experts, and so does {type(last).__name__}: leave one out, or use "
+                f"ElectSign('mean') combines the experts, and so does {type(rule).__name__}: leave one out, or use "
                 "ElectSign('sum') to elect alone"
             )
-    return transforms, last
+    if isinstance(rule, WeightRule) and transforms:
+        raise InputError(
+            f"{type(rule).__name__} merges the experts' weights, not their task vectors: "
+            f"{type(transforms[-1]).__name__} before it makes no sense; leave one of the two out"
+        )
+    return transforms, rule, corrections

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adamerge import fingerprint
-from adamerge.checkpoints import meta, open_state
-from adamerge.deltas import AnyDeltas, Deltas
+from adamerge.checkpoints import meta, open_state, rows_of
+from adamerge.deltas import AnyDeltas, Deltas, dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 
@@ -21,6 +21,9 @@ State = Mapping[str, Tensor]
 
 #: The base's name among the fingerprints.
 BASE = "base"
+
+#: Elements per expert that elementwise rules take at a time: enough to keep cores busy, little enough to stay cheap.
+PIECE = 2**22
 
 
 class TaskVectors:
@@ -88,16 +91,34 @@ class TaskVectors:
         loaded._warn_identical()
         return loaded
 
-    def changed(self, change: Callable[[str, AnyDeltas], AnyDeltas], base: State | None = None) -> "TaskVectors":
+    def changed(
+        self, change: Callable[[str, AnyDeltas], AnyDeltas], base: State | None = None, elementwise: bool = False
+    ) -> "TaskVectors":
         """Task vectors with `change(name, delta)` as deltas, for this base or another; these stay as they are.
 
         Fingerprints remain those of the experts that went in. What is read from files when it is asked for stays so:
-        `change` is then called whenever a tensor is asked for.
+        `change` is then called whenever a tensor is asked for, or a piece of one if it is `elementwise`.
         """
         base = self.base if base is None else base
         if isinstance(self.deltas, _Differences | _Changed):
-            return self._replaced(base, _Changed(self.deltas, change))
+            return self._replaced(base, _Changed(self.deltas, change, elementwise and self.elementwise))
         return self._replaced(base, {name: _compact(change(name, delta)) for name, delta in self.deltas.items()})
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether `piece` reads and computes pieces; else it would take the whole tensor for each of them."""
+        if isinstance(self.deltas, _Differences | _Changed):
+            return isinstance(self.deltas, _Differences) or self.deltas.elementwise
+        return not any(isinstance(deltas, Deltas) for deltas in self.deltas.values())
+
+    def piece(self, name: str, rows: slice | None = None) -> tuple[Tensor, AnyDeltas]:
+        """Base and deltas of one tensor, or of some of its rows (of its first axis)."""
+        if rows is None:
+            return self.base[name], self.deltas[name]
+        base, deltas = rows_of(self.base, name, rows), self.deltas
+        if isinstance(deltas, _Differences | _Changed):
+            return base, deltas.rows(name, rows)
+        return base, dense(deltas[name])[:, rows]
 
     def _replaced(self, base: State, deltas: Mapping[str, AnyDeltas]) -> "TaskVectors":
         new = TaskVectors(base, deltas, self.tasks, self.tied, self._fingerprints)
@@ -160,6 +181,11 @@ class _Differences(Mapping[str, Tensor]):
         """Base and experts of one tensor, checked to be finite."""
         return self._base(name), list(self._experts(name))
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Deltas of some rows of one tensor."""
+        base = _finite("the base", name, rows_of(self.base, name, rows))
+        return self.stack(base, self._experts(name, rows))
+
     def stack(self, base: Tensor, experts: Iterator[Tensor]) -> Tensor:
         """[K, *shape] differences, in float32 or better; each expert is let go before the next is read."""
         dtype = torch.promote_types(torch.float32, base.dtype)
@@ -171,11 +197,10 @@ class _Differences(Mapping[str, Tensor]):
     def _base(self, name: str) -> Tensor:
         return _finite("the base", name, self.base[name])
 
-    def _experts(self, name: str) -> Iterator[Tensor]:
-        return (
-            _finite(f"expert {task!r}", name, state[_name_in(state, name, self.tied)])
-            for task, state in self.experts.items()
-        )
+    def _experts(self, name: str, rows: slice | None = None) -> Iterator[Tensor]:
+        for task, state in self.experts.items():
+            own = _name_in(state, name, self.tied)
+            yield _finite(f"expert {task!r}", name, state[own] if rows is None else rows_of(state, own, rows))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
@@ -195,8 +220,14 @@ class _Differences(Mapping[str, Tensor]):
 class _Changed(Mapping[str, AnyDeltas]):
     """Deltas changed when asked for."""
 
-    def __init__(self, source: Mapping[str, AnyDeltas], change: Callable[[str, AnyDeltas], AnyDeltas]) -> None:
-        self.source, self.change = source, change
+    def __init__(
+        self, source: "_Differences | _Changed", change: Callable[[str, AnyDeltas], AnyDeltas], elementwise: bool
+    ) -> None:
+        self.source, self.change, self.elementwise = source, change, elementwise
+
+    def rows(self, name: str, rows: slice) -> AnyDeltas:
+        """Some rows of one tensor, if the change is elementwise."""
+        return self.change(name, self.source.rows(name, rows))
 
     def __getitem__(self, name: str) -> AnyDeltas:
         return self.change(name, self.source[name])
@@ -209,6 +240,15 @@ class _Changed(Mapping[str, AnyDeltas]):
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+def pieces(shape: torch.Size) -> Iterator[slice | None]:
+    """Consecutive rows of a tensor, some `PIECE` elements at a time; `None` for one that is no larger than that."""
+    if not shape or shape.numel() <= PIECE:
+        yield None
+        return
+    rows = max(1, PIECE * shape[0] // shape.numel())
+    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 class _Digests:

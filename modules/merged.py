@@ -15,7 +15,7 @@ from adamerge import InputError, TaskVectors
 from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
 from adamerge.ops import column_sum, weighted_sum
-from adamerge.rules import Mean
+from adamerge.rules import Mean, Stack
 from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import USUAL_SCALE, Coefficients
 from modules.elements import Elements
@@ -279,7 +279,8 @@ class _Frozen:
         for name, value in task_vectors.base.items():
             if kind(name, value) == "statistics":
                 deltas = dense(task_vectors.deltas[name])
-                value = Mean().apply(name, value, deltas, task_vectors.tasks, 1.0).to(value.dtype)
+                stack = Stack(name, value.to(deltas.dtype), deltas, task_vectors.tasks)
+                value = Mean().merged(stack, None, 1.0).to(value.dtype)
             if value.is_floating_point():  # half precision is for storage: sums of small deltas need float32
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
             as_parameter = isinstance(owned[name], nn.Parameter)

@@ -1,7 +1,8 @@
-"""What a merging rule is, and what a transform of task vectors is."""
+"""What the stages of a merge are: transforms of task vectors, one rule that combines them, corrections of the merge."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -11,21 +12,94 @@ from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas
 from adamerge.errors import InputError
 from adamerge.kinds import kind
-from adamerge.task_vectors import TaskVectors
+from adamerge.task_vectors import TaskVectors, pieces
 
 Statistics = TypeVar("Statistics")
 
 
-class Rule(ABC):
-    """Combines the K deltas of one tensor into one change of the base. Tensors are never changed in place."""
+@dataclass(frozen=True)
+class Stack:
+    """One tensor of all models, or some consecutive rows of it: what a rule sees.
+
+    Attributes:
+        name: of the tensor.
+        base: [*shape], in the dtype of the deltas.
+        deltas: [K, *shape], in float32 or better.
+        tasks: the K experts, in the order of the first axis.
+    """
+
+    name: str
+    base: Tensor
+    deltas: Tensor
+    tasks: tuple[str, ...]
+
+    @property
+    def experts(self) -> Tensor:
+        """θₖ = θ₀ + τₖ, [K, *shape]."""
+        return self.base + self.deltas
+
+
+class Rule(ABC, Generic[Statistics]):
+    """Combines the K deltas of one tensor into one change of the base. Tensors are never changed in place.
+
+    Attributes:
+        elementwise: whether an entry of the outcome depends on the same entry of the deltas alone (and on what `fit`
+            found): large tensors then go through in pieces.
+        keeps_statistics: whether running statistics are combined by this rule too, instead of averaged.
+    """
+
+    elementwise: ClassVar[bool] = False
+    keeps_statistics: ClassVar[bool] = False
+
+    def check(self, tasks: tuple[str, ...]) -> None:
+        """Raise InputError for experts that the rule cannot combine; called before any tensor is read."""
+
+    def fit(self, task_vectors: TaskVectors) -> Statistics:
+        """What `combine` must know of all tensors; nothing by default."""
+        return None  # type: ignore[return-value]
 
     @abstractmethod
-    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
-        """[K, *shape] deltas of tensor `name`, in the order of `tasks` -> [*shape]."""
+    def combine(self, stack: Stack, statistics: Statistics) -> Tensor:
+        """The change of one tensor, [*shape]."""
 
-    def apply(self, name: str, base: Tensor, deltas: Tensor, tasks: tuple[str, ...], scale: float) -> Tensor:
-        """The merged tensor: base + scale · combine(deltas)."""
-        return base + scale * self.combine(name, deltas, tasks)
+    def merged(self, stack: Stack, statistics: Statistics, scale: float) -> Tensor:
+        """The merged tensor: base + scale · combine(stack)."""
+        return stack.base + scale * self.combine(stack, statistics)
+
+
+class WeightRule(Rule[Statistics]):
+    """A rule over the experts' weights themselves: its outcome does not follow from the task vectors alone.
+
+    At another scale than 1 the merge lies on the line from the base to that outcome.
+    """
+
+    @abstractmethod
+    def weights(self, stack: Stack, statistics: Statistics) -> Tensor:
+        """The merged weights of one tensor, [*shape]."""
+
+    def combine(self, stack: Stack, statistics: Statistics) -> Tensor:
+        return self.weights(stack, statistics) - stack.base
+
+    def merged(self, stack: Stack, statistics: Statistics, scale: float) -> Tensor:
+        return torch.lerp(stack.base, self.weights(stack, statistics), scale)
+
+
+class Correction(ABC, Generic[Statistics]):
+    """Changes what a rule has combined, in view of the task vectors as they were before any transform.
+
+    Attributes:
+        elementwise: as in `Rule`.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def fit(self, changes: Iterable[tuple[Stack, Tensor]]) -> Statistics:
+        """What `correct` must know of all tensors: each (or pieces of it) with its change, as often as it is asked."""
+        return None  # type: ignore[return-value]
+
+    @abstractmethod
+    def correct(self, stack: Stack, change: Tensor, statistics: Statistics) -> Tensor:
+        """The corrected change of one tensor, [*shape]."""
 
 
 class Transform(ABC):
@@ -37,11 +111,13 @@ class Transform(ABC):
     Attributes:
         sums: whether Στ of the outcome is a merge; `adamerge.merge` then takes the transform as the last of its rules.
         thins: whether small entries are dropped by their magnitude.
+        draws: whether entries are dropped at random: among the others, few are left to be told apart by magnitude.
         votes: whether the experts have voted on each entry: what is dropped later has already been counted.
     """
 
     sums: ClassVar[bool] = True
     thins: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     votes: ClassVar[bool] = False
 
     @abstractmethod
@@ -55,7 +131,13 @@ class PerTensor(Transform, Generic[Statistics]):
     Only parameters that some expert changed are transformed: running statistics and constants stay. What `fit` finds
     is handed to `tensor` and kept nowhere else, so that one object serves any number of task vectors. Task vectors over
     files are read once for `fit` and then tensor by tensor, when one is asked for.
+
+    Attributes:
+        elementwise: whether an entry of the outcome depends on the same entry of the deltas alone (and on what `fit`
+            found): large tensors then go through in pieces.
     """
+
+    elementwise: ClassVar[bool] = False
 
     def fit(self, task_vectors: TaskVectors) -> Statistics:
         """What `tensor` must know of all tensors; nothing by default."""
@@ -74,14 +156,15 @@ class PerTensor(Transform, Generic[Statistics]):
             parameter = kind(name, meta(task_vectors.base, name)) == "parameter"
             return self.tensor(name, deltas, statistics) if parameter and bool(deltas.any()) else deltas
 
-        return task_vectors.changed(change)
+        return task_vectors.changed(change, elementwise=self.elementwise)
 
 
 def parameters(task_vectors: TaskVectors) -> Iterator[tuple[str, AnyDeltas]]:
-    """Name and deltas of every parameter tensor, one at a time; tied tensors once."""
+    """Name and deltas of every parameter tensor, tied tensors once; large ones in pieces, where these can be had."""
     for name in task_vectors.deltas:
-        if kind(name, meta(task_vectors.base, name)) == "parameter":
-            yield name, task_vectors.deltas[name]
+        if kind(name, like := meta(task_vectors.base, name)) == "parameter":
+            for rows in pieces(like.shape) if task_vectors.elementwise else (None,):
+                yield name, task_vectors.piece(name, rows)[1]
 
 
 def transform(task_vectors: TaskVectors, transforms: Sequence[Transform]) -> TaskVectors:
@@ -98,11 +181,17 @@ def transform(task_vectors: TaskVectors, transforms: Sequence[Transform]) -> Tas
 
 def check_transforms(transforms: Sequence[object]) -> None:
     """Raise InputError for what `transform` does not take."""
-    voted = None
+    voted = drawn = None
     for step in transforms:
+        name = type(step).__name__
         if not isinstance(step, Transform):
-            raise InputError(f"{type(step).__name__} combines the experts: it transforms no task vectors")
-        if voted and step.thins:
-            dropping = type(step).__name__
-            raise InputError(f"{dropping} after {voted} drops entries that have voted: put {dropping} before {voted}")
-        voted = type(step).__name__ if step.votes else voted
+            does = "corrects a merge" if isinstance(step, Correction) else "combines the experts"
+            raise InputError(f"{name} {does}: it transforms no task vectors")
+        if voted and (step.thins or step.draws):
+            raise InputError(f"{name} after {voted} drops entries that have voted: put {name} before {voted}")
+        if drawn and (step.thins or step.draws):
+            raise InputError(
+                f"{name} after {drawn}, which has left few entries: the largest of them are a matter of chance, and a "
+                f"threshold may be 0 and keep everything; leave out one of the two"
+            )
+        voted, drawn = name if step.votes else voted, name if step.draws else drawn

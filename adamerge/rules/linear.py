@@ -8,30 +8,34 @@ from torch import Tensor
 from adamerge.coefficients import CoefficientTable, read_coefficients
 from adamerge.errors import InputError
 from adamerge.ops import column_sum, matrix
-from adamerge.rules.base import Rule
+from adamerge.rules.base import Rule, Stack
 
 
-class TaskArithmetic(Rule):
+class TaskArithmetic(Rule[None]):
     """Task arithmetic (arXiv:2212.04089): Σₖ τₖ, to be scaled by one number (0.3 for the field's eight CLIP tasks)."""
 
-    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
-        return deltas.sum(0)
+    elementwise = True
+
+    def combine(self, stack: Stack, statistics: None) -> Tensor:
+        return stack.deltas.sum(0)
 
 
-class Mean(Rule):
+class Mean(Rule[None]):
     """Simple averaging: (1/K) Σₖ τₖ, which is the mean of the experts' weights at scale 1."""
 
-    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
-        return deltas.mean(0)
+    elementwise = True
 
-    def apply(self, name: str, base: Tensor, deltas: Tensor, tasks: tuple[str, ...], scale: float) -> Tensor:
-        base = base.to(deltas.dtype)
+    def combine(self, stack: Stack, statistics: None) -> Tensor:
+        return stack.deltas.mean(0)
+
+    def merged(self, stack: Stack, statistics: None, scale: float) -> Tensor:
         # Exact wherever Σₖ θₖ is; base + mean(τ) would round twice.
-        mean = (len(tasks) * base + deltas.sum(0)) / len(tasks)
-        return torch.lerp(base, mean, scale)
+        experts = len(stack.tasks)
+        mean = (experts * stack.base + stack.deltas.sum(0)) / experts
+        return torch.lerp(stack.base, mean, scale)
 
 
-class LearnedCoefficients(Rule):
+class LearnedCoefficients(Rule[None]):
     """Σₖ λₖ τₖ with coefficients by tensor (or column) and task, as a run leaves them in `coefficients.json`.
 
     Raises InputError where a task or tensor that differs from the base has no coefficient, or one of another width.
@@ -40,7 +44,8 @@ class LearnedCoefficients(Rule):
     def __init__(self, table: CoefficientTable | str | Path) -> None:
         self.table = table if isinstance(table, CoefficientTable) else read_coefficients(table)
 
-    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
+    def combine(self, stack: Stack, statistics: None) -> Tensor:
+        name, deltas, tasks = stack.name, stack.deltas, stack.tasks
         if sorted(tasks) != sorted(self.table.tasks):
             raise InputError(
                 f"the coefficients are for tasks {sorted(self.table.tasks)}, the experts are {sorted(tasks)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
-from adamerge.rules.base import PerTensor, Rule, parameters
+from adamerge.rules.base import PerTensor, Rule, Stack, parameters
 from adamerge.task_vectors import TaskVectors
 
 #: Bits of a float that one pass over the values settles.
@@ -31,6 +31,7 @@ class Trim(PerTensor[Tensor]):
     """
 
     thins = True
+    elementwise = True
 
     def __init__(self, keep: float = 0.2, count_unchanged: bool = False) -> None:
         if not 0 < keep <= 1:
@@ -75,7 +76,7 @@ class Majority:
         return -1.0 if sum(float(sign.sum(dtype=torch.float64)) for sign in signs) < 0 else 1.0
 
 
-class ElectSign(PerTensor[Majority], Rule):
+class ElectSign(PerTensor[Majority], Rule[Majority]):
     """The second step of TIES: every entry elects a sign, and the experts that disagree lose theirs.
 
     s = sgn(Σₖ τₖ) entry by entry; where the sum is zero, s is the sign of the sum of all signs in the model (+1 if that
@@ -87,6 +88,7 @@ class ElectSign(PerTensor[Majority], Rule):
     """
 
     votes = True
+    elementwise = True
 
     def __init__(self, combine: Literal["sum", "mean"] = "sum") -> None:
         if combine not in ("sum", "mean"):
@@ -106,8 +108,9 @@ class ElectSign(PerTensor[Majority], Rule):
         elected = torch.where(values.sign() == sign, values, 0)
         return Sparse.from_dense(elected) if isinstance(deltas, Sparse) else elected
 
-    def combine(self, name: str, deltas: Tensor, tasks: tuple[str, ...]) -> Tensor:
+    def combine(self, stack: Stack, statistics: Majority) -> Tensor:
         """Combine what the election has left."""
+        deltas = stack.deltas
         return deltas.sum(0) / deltas.count_nonzero(0).clamp(min=1) if self.mean else deltas.sum(0)
 
 

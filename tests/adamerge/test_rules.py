@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from adamerge import CoefficientTable, InputError, TaskVectors, merge, write_coefficients
-from adamerge.rules import LearnedCoefficients, Mean, Rule, TaskArithmetic
+from adamerge.rules import LearnedCoefficients, Mean, Rule, Stack, TaskArithmetic
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 TASKS = ("digits", "letters", "signs")
@@ -22,14 +22,15 @@ def tv(base, experts) -> TaskVectors:
 
 def test_task_arithmetic_sums_and_the_mean_divides():
     deltas = torch.tensor([[1.0, 2.0], [3.0, -4.0], [2.0, 5.0]])
-    assert TaskArithmetic().combine("w", deltas, TASKS).tolist() == [6.0, 3.0]
-    assert Mean().combine("w", deltas, TASKS).tolist() == [2.0, 1.0]
+    stack = Stack("w", torch.zeros(2), deltas, TASKS)
+    assert TaskArithmetic().combine(stack, None).tolist() == [6.0, 3.0]
+    assert Mean().combine(stack, None).tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("rule", [TaskArithmetic(), Mean()], ids=lambda rule: type(rule).__name__)
 def test_a_half_precision_base_is_summed_in_the_dtype_of_the_deltas(rule):
     base, deltas = torch.tensor([40000.0]).half(), torch.tensor([[0.25], [0.25]])
-    merged = rule.apply("w", base, deltas, ("a", "b"), 1.0)
+    merged = rule.merged(Stack("w", base.float(), deltas, ("a", "b")), None, 1.0)
     assert merged.dtype == torch.float32
     assert merged == base.float() + (0.25 if isinstance(rule, Mean) else 0.5)
 
@@ -123,8 +124,8 @@ def test_a_rule_of_ones_own_is_a_combine(tv, base, experts):
     class Largest(Rule):
         """The entry that moved furthest."""
 
-        def combine(self, name, deltas, tasks):
-            return deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0]
+        def combine(self, stack, statistics):
+            return stack.deltas.gather(0, stack.deltas.abs().argmax(0, keepdim=True))[0]
 
     merged = merge(tv, rules=[Largest()], scale=0.5)
     alone = TaskVectors.from_state_dicts(base, {"digits": experts["digits"]})
