@@ -20,10 +20,10 @@ quickstart: $(STAMP)  ## adapt a merge of the built-in experts and print the tab
 	$(BIN)/python train.py fit --config configs/quickstart.yaml --name quickstart
 
 test: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=15
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses auto --dist worksteal --durations=15
 
 test-all: $(STAMP)  ## all tests; those for a GPU skip where there is none
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal --durations=15
 
 lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff check $(CODE)
