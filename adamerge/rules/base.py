@@ -1,7 +1,7 @@
 """What the stages of a merge are: transforms of task vectors, one rule that combines them, corrections of the merge."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -159,9 +159,14 @@ class PerTensor(Transform, Generic[Statistics]):
         return task_vectors.changed(change, elementwise=self.elementwise)
 
 
-def parameters(task_vectors: TaskVectors) -> Iterator[tuple[str, AnyDeltas]]:
-    """Name and deltas of every parameter tensor, tied tensors once; large ones in pieces, where these can be had."""
+def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) -> Iterator[tuple[str, AnyDeltas]]:
+    """Name and deltas of every parameter tensor, or of those named; large ones in pieces, where these can be had.
+
+    Tied tensors come once, under the name that `task_vectors.deltas` has.
+    """
     for name in task_vectors.deltas:
+        if names is not None and name not in names:
+            continue
         if kind(name, like := meta(task_vectors.base, name)) == "parameter":
             for rows in pieces(like.shape) if task_vectors.elementwise else (None,):
                 yield name, task_vectors.piece(name, rows)[1]

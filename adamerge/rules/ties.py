@@ -1,5 +1,6 @@
 """TIES: trim what hardly moved, then settle by sign (Yadav et al., arXiv:2306.01708)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Literal
@@ -40,21 +41,20 @@ class Trim(PerTensor[Tensor]):
 
     def fit(self, task_vectors: TaskVectors) -> Tensor:
         """The smallest magnitude that each expert keeps, [K]."""
-        changed, total, unchanged, dtype = [], 0, 0, torch.float32
+        changed, dtype = set(), torch.float32
+        sizes: Counter[str] = Counter()
         for name, deltas in parameters(task_vectors):
-            size = deltas.shape[1:].numel()
+            sizes[name] += deltas.shape[1:].numel()
             if bool(deltas.any()):
-                changed.append(name)
-                total += size
+                changed.add(name)
                 dtype = torch.promote_types(dtype, deltas.dtype)
-            elif self.count_unchanged:
-                unchanged += size
-        count = total + unchanged
+        unchanged = sum(size for name, size in sizes.items() if name not in changed) if self.count_unchanged else 0
+        count = sum(sizes[name] for name in changed) + unchanged
         # The unchanged zeros are the smallest of all magnitudes.
         rank = count - int(self.keep * count) - unchanged
         if rank < 1:
             return torch.zeros(len(task_vectors.tasks), dtype=dtype)
-        return kth_magnitudes(lambda: (task_vectors.deltas[name] for name in changed), rank, dtype)
+        return kth_magnitudes(lambda: (deltas for _, deltas in parameters(task_vectors, changed)), rank, dtype)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor) -> AnyDeltas:
         values = dense(deltas)
