@@ -1,7 +1,5 @@
 """Task vectors from another point than the base."""
 
-from typing import Any
-
 import torch
 
 from adamerge.deltas import AnyDeltas, dense
@@ -28,7 +26,7 @@ class Rebase(Transform):
 
     sums = False
 
-    def __init__(self, rule: Rule[Any] = TaskArithmetic(), scale: float = 0.3) -> None:  # noqa: B008
+    def __init__(self, rule: Rule = TaskArithmetic(), scale: float = 0.3) -> None:  # type: ignore[type-arg]  # noqa: B008
         if not isinstance(rule, Rule):
             raise InputError(f"Rebase takes a rule and then a scale, got {rule!r} for the rule: write scale={rule!r}")
         self.rule, self.scale = rule, scale
