@@ -2,25 +2,44 @@
 
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
+from adamerge.rules.consensus import Consensus
+from adamerge.rules.dare import Dare, Della
 from adamerge.rules.linear import LearnedCoefficients, Mean, TaskArithmetic
-from adamerge.rules.prune import Prune
+from adamerge.rules.lines import Lines
+from adamerge.rules.magmax import MagMax
+from adamerge.rules.pcb import Pcb
+from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
+from adamerge.rules.ram import Ram
+from adamerge.rules.sce import Sce
 from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.ties import ElectSign, Trim
+from adamerge.rules.widen import Widen
 
 __all__ = [
+    "Breadcrumbs",
+    "Cabs",
+    "Consensus",
     "Correction",
+    "Dare",
+    "Della",
     "ElectSign",
     "LearnedCoefficients",
+    "Lines",
+    "MagMax",
     "Mean",
+    "Pcb",
     "PerTensor",
     "Prune",
+    "Ram",
     "Rebase",
     "Rule",
+    "Sce",
     "Stack",
     "TaskArithmetic",
     "Transform",
     "Trim",
     "TruncatedSVD",
     "WeightRule",
+    "Widen",
     "transform",
 ]

@@ -19,17 +19,28 @@ from torch.testing import assert_close
 import adamerge.rules
 from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
+    Breadcrumbs,
+    Cabs,
+    Consensus,
     Correction,
+    Dare,
+    Della,
     ElectSign,
     LearnedCoefficients,
+    Lines,
+    MagMax,
     Mean,
+    Pcb,
     Prune,
+    Ram,
     Rebase,
     Rule,
+    Sce,
     TaskArithmetic,
     Transform,
     Trim,
     TruncatedSVD,
+    Widen,
 )
 
 State = dict[str, Tensor]
@@ -86,15 +97,29 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
 
 # A line per rule, more where arguments make another rule of it, alphabetically. What transforms leave is summed.
 CASES = [
+    Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
+    Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
+    Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
+    Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
+    Case(Della, alone=False, identical="other"),  # drops entries
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
     Case(LearnedCoefficients, table),
+    Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
+    Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(MagMax),
     Case(Mean),
+    Case(Pcb, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Prune, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
+    Case(Ram),
+    Case(Ram, {"rescale": 0.1}),
     Case(Rebase, {"scale": 0.5}, identical="other", moves_base=True),  # its base is a merge
+    Case(Sce, {"keep": 0.3}),
+    Case(Sce, {"keep": 1.0}),
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
+    Case(Widen, identical="other"),  # adds up what is important
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.rule.__name__}-{i}" for i, case in enumerate(CASES)])
