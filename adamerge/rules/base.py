@@ -48,7 +48,7 @@ class Rule(ABC, Generic[Statistics]):
         keeps_statistics: whether running statistics are combined by this rule too, instead of averaged.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
     keeps_statistics: ClassVar[bool] = False
 
     def check(self, tasks: tuple[str, ...]) -> None:
@@ -108,7 +108,7 @@ class Correction(ABC, Generic[Statistics]):
         elementwise: as in `Rule`.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
 
     def fit(self, changes: Changes) -> Statistics:
         """What `correct` must know of all tensors and their changes; nothing by default."""
@@ -154,7 +154,7 @@ class PerTensor(Transform, Generic[Statistics]):
             found): large tensors then go through in pieces.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
 
     def fit(self, task_vectors: TaskVectors) -> Statistics:
         """What `tensor` must know of all tensors; nothing by default."""

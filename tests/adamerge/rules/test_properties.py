@@ -118,6 +118,7 @@ CASES = [
     Case(Sce, {"keep": 1.0}),
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
+    Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
     Case(Widen, identical="other"),  # adds up what is important
 ]
