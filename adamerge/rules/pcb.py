@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.errors import InputError
 from adamerge.rules.base import Rule, Stack, parameters
@@ -59,7 +60,7 @@ class Pcb(Rule[Competition]):
         for name, deltas in parameters(task_vectors):
             if name not in changed and bool(deltas.any()):
                 changed.add(name)
-                count += task_vectors.deltas[name].shape[1:].numel()
+                count += meta(task_vectors.base, name).numel()
                 dtype = torch.promote_types(dtype, deltas.dtype)
         if not changed:
             return Competition(*torch.zeros(4, len(task_vectors.tasks)))
