@@ -2,32 +2,50 @@
 
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
+from adamerge.rules.consensus import Consensus
+from adamerge.rules.dare import Dare, Della
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
-from adamerge.rules.prune import Prune
+from adamerge.rules.lines import Lines
+from adamerge.rules.magmax import MagMax
+from adamerge.rules.pcb import Pcb
+from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
+from adamerge.rules.ram import Ram
+from adamerge.rules.sce import Sce
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.stock import ModelStock
 from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
+from adamerge.rules.widen import Widen
 
 __all__ = [
+    "Breadcrumbs",
+    "Cabs",
+    "Consensus",
     "Correction",
+    "Dare",
+    "Della",
     "ElectSign",
     "Expo",
     "Karcher",
     "LayerSwap",
     "LearnedCoefficients",
     "Linear",
+    "Lines",
+    "MagMax",
     "Mean",
     "MetaGpt",
     "ModelStock",
     "MultiSlerp",
     "NearSwap",
     "NuSlerp",
+    "Pcb",
     "PerTensor",
     "Prune",
+    "Ram",
     "Rebase",
     "Rule",
+    "Sce",
     "Slerp",
     "Stack",
     "TaskArithmetic",
@@ -35,5 +53,6 @@ __all__ = [
     "Trim",
     "TruncatedSVD",
     "WeightRule",
+    "Widen",
     "transform",
 ]

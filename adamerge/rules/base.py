@@ -1,7 +1,7 @@
 """What the stages of a merge are: transforms of task vectors, one rule that combines them, corrections of the merge."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -48,7 +48,7 @@ class Rule(ABC, Generic[Statistics]):
         keeps_statistics: whether running statistics are combined by this rule too, instead of averaged.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
     keeps_statistics: ClassVar[bool] = False
 
     def check(self, tasks: tuple[str, ...]) -> None:
@@ -84,6 +84,23 @@ class WeightRule(Rule[Statistics]):
         return torch.lerp(stack.base, self.weights(stack, statistics), scale)
 
 
+class Changes(Iterable[tuple[Stack, Tensor]]):
+    """Every parameter tensor (or pieces of it) before any transform, with its change so far: computed at each pass.
+
+    Attributes:
+        names: of these tensors.
+        tasks: of the experts.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], tasks: tuple[str, ...], again: Callable[[], Iterator[tuple[Stack, Tensor]]]
+    ) -> None:
+        self.names, self.tasks, self._again = names, tasks, again
+
+    def __iter__(self) -> Iterator[tuple[Stack, Tensor]]:
+        return self._again()
+
+
 class Correction(ABC, Generic[Statistics]):
     """Changes what a rule has combined, in view of the task vectors as they were before any transform.
 
@@ -91,10 +108,10 @@ class Correction(ABC, Generic[Statistics]):
         elementwise: as in `Rule`.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
 
-    def fit(self, changes: Iterable[tuple[Stack, Tensor]]) -> Statistics:
-        """What `correct` must know of all tensors: each (or pieces of it) with its change, as often as it is asked."""
+    def fit(self, changes: Changes) -> Statistics:
+        """What `correct` must know of all tensors and their changes; nothing by default."""
         return None  # type: ignore[return-value]
 
     @abstractmethod
@@ -137,7 +154,7 @@ class PerTensor(Transform, Generic[Statistics]):
             found): large tensors then go through in pieces.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
 
     def fit(self, task_vectors: TaskVectors) -> Statistics:
         """What `tensor` must know of all tensors; nothing by default."""

@@ -1,6 +1,6 @@
 """The stages of a merge, tensor by tensor and, where the rules allow, piece by piece."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.kinds import kind
-from adamerge.rules.base import Correction, Rule, Stack, Transform
+from adamerge.rules.base import Changes, Correction, Rule, Stack, Transform
 from adamerge.rules.linear import Mean
 from adamerge.task_vectors import TaskVectors, pieces
 
@@ -34,10 +34,11 @@ class MergedState(Mapping[str, Tensor]):
             transformed = rule(transformed)
         self.original, self.transformed, self.rule, self.scale = original, transformed, rule, scale
         self._statistics = rule.fit(transformed)
-        self._corrections: list[tuple[Correction[Any], Any]] = []
-        for correction in corrections:
-            self._corrections.append((correction, correction.fit(_Again(self._changes))))
         self._elementwise = rule.elementwise and all(correction.elementwise for correction in corrections)
+        self._corrections: list[tuple[Correction[Any], Any]] = []
+        names = tuple(name for name in original.deltas if kind(name, meta(original.base, name)) == "parameter")
+        for correction in corrections:
+            self._corrections.append((correction, correction.fit(Changes(names, original.tasks, self._changes))))
 
     def __getitem__(self, name: str) -> Tensor:
         parts = list(self.parts(name))
@@ -91,16 +92,6 @@ class MergedState(Mapping[str, Tensor]):
         for correction, fitted in self._corrections:
             change = correction.correct(stack, change, fitted)
         return stack, change
-
-
-class _Again(Iterable[tuple[Stack, Tensor]]):
-    """What a generator function yields, as often as it is asked."""
-
-    def __init__(self, generator: Callable[[], Iterator[tuple[Stack, Tensor]]]) -> None:
-        self.generator = generator
-
-    def __iter__(self) -> Iterator[tuple[Stack, Tensor]]:
-        return self.generator()
 
 
 def _stack(task_vectors: TaskVectors, name: str, rows: slice | None) -> Stack:

@@ -17,7 +17,7 @@ from adamerge.task_vectors import TaskVectors
 _DIGIT = 16
 
 
-class Trim(PerTensor[Tensor]):
+class Trim(PerTensor[Tensor | None]):
     """The first step of TIES: of each expert, the `keep` share of entries that moved furthest; the others are zero.
 
     Entry i of τₖ stays where |τₖᵢ| ≥ the (d − ⌊keep · d⌋)-th smallest of its d magnitudes, counted over all parameter
@@ -29,18 +29,28 @@ class Trim(PerTensor[Tensor]):
         count_unchanged: count tensors that no expert changed in d, as the authors' code does. Their zeros leave room
             for more entries elsewhere: 26 % instead of 20 % of the vision part of an OpenCLIP model that carries its
             text embeddings along. Figures published for such models were obtained so.
+        scope: what is counted together: the whole "model", or each "tensor" by itself, as merging tools do that read
+            every tensor once.
     """
 
     thins = True
-    elementwise = True
 
-    def __init__(self, keep: float = 0.2, count_unchanged: bool = False) -> None:
+    def __init__(
+        self, keep: float = 0.2, count_unchanged: bool = False, scope: Literal["model", "tensor"] = "model"
+    ) -> None:
         if not 0 < keep <= 1:
             raise InputError(f"expected 0 < keep <= 1 in Trim, got {keep}")
-        self.keep, self.count_unchanged = keep, count_unchanged
+        if scope not in ("model", "tensor"):
+            raise InputError(f"expected scope to be 'model' or 'tensor' in Trim, got {scope!r}")
+        if scope == "tensor" and count_unchanged:
+            raise InputError("Trim counts unchanged tensors in a model: with scope='tensor', leave count_unchanged out")
+        self.keep, self.count_unchanged, self.scope = keep, count_unchanged, scope
+        self.elementwise = scope == "model"
 
-    def fit(self, task_vectors: TaskVectors) -> Tensor:
-        """The smallest magnitude that each expert keeps, [K]."""
+    def fit(self, task_vectors: TaskVectors) -> Tensor | None:
+        """The smallest magnitude that each expert keeps, [K]; nothing where it is another in each tensor."""
+        if self.scope == "tensor":
+            return None
         changed, dtype = set(), torch.float32
         sizes: Counter[str] = Counter()
         for name, deltas in parameters(task_vectors):
@@ -56,11 +66,18 @@ class Trim(PerTensor[Tensor]):
             return torch.zeros(len(task_vectors.tasks), dtype=dtype)
         return kth_magnitudes(lambda: (deltas for _, deltas in parameters(task_vectors, changed)), rank, dtype)
 
-    def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor) -> AnyDeltas:
+    def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor | None) -> AnyDeltas:
         values = dense(deltas)
-        least = statistics.to(values.device).view(-1, *[1] * (values.dim() - 1))
+        found = self._least(values) if statistics is None else statistics.to(values.device)
+        least = found.view(-1, *[1] * (values.dim() - 1))
         trimmed = torch.where(values.abs() >= least, values, 0)
         return Sparse.from_dense(trimmed) if isinstance(deltas, Sparse) else trimmed
+
+    def _least(self, values: Tensor) -> Tensor:
+        """The smallest magnitude that each expert keeps of one tensor, [K]."""
+        magnitudes = values.abs().reshape(len(values), -1)
+        size = magnitudes.shape[1]
+        return magnitudes.kthvalue(max(1, size - int(self.keep * size)), 1).values
 
 
 class Majority:

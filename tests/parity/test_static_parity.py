@@ -1,10 +1,11 @@
-"""Averages, task arithmetic and TIES against a reference implementation: no difference at all in float64."""
+"""Elementwise rules against a reference implementation: no difference at all in float64."""
 
 import pytest
 import torch
 
 from adamerge import TaskVectors, merge
-from adamerge.rules import ElectSign, Mean, TaskArithmetic, Trim
+from adamerge.rules import ElectSign, MagMax, Mean, TaskArithmetic, Transform, Trim
+from adamerge.rules.dare import dare
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def task_vectors(shared) -> TaskVectors:
     [
         ("simple_average", [Mean()], 1.0),
         ("task_arithmetic", [TaskArithmetic()], 0.3),
+        ("magmax", [MagMax()], 0.5),
         ("ties_sum_20", [Trim(0.2), ElectSign("sum")], 0.3),
         ("ties_mean_20", [Trim(0.2), ElectSign("mean")], 0.3),
     ],
@@ -30,3 +32,33 @@ def test_elementwise_merges(shared, task_vectors, file, rules, scale):
     for name, value in merged.items():
         assert value.dtype == torch.float64
         assert torch.equal(value, expected[name]), name
+
+
+def test_dare_given_its_masks(shared, task_vectors):
+    reference = torch.load(shared / "parity/dare_ta_0.5.pt", weights_only=True)
+    drop, scale = reference["hparams"]["sparsity_ratio"], reference["hparams"]["scaling_factor"]
+    names, kept = list(reference["keep_masks_fp32"][0]), reference["keep_masks_fp32"]
+
+    def drawn(dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+        torch.manual_seed(reference["hparams"]["seed"])
+        shapes = {name: task_vectors.base[name].shape for name in names}
+        return [{n: torch.bernoulli(torch.full(s, drop, dtype=dtype)) == 0 for n, s in shapes.items()} for _ in kept]
+
+    # The masks on file are those of the run in float32; the same seed draws others in float64.
+    singles, masks = drawn(torch.float32), drawn(torch.float64)
+    assert all(
+        torch.equal(ours[name], theirs[name]) for ours, theirs in zip(singles, kept, strict=True) for name in names
+    )
+
+    class Given(Transform):
+        """DARE with masks that somebody else has drawn."""
+
+        def __call__(self, task_vectors):
+            def change(name, deltas):
+                pairs = zip(deltas, masks, strict=True)
+                return torch.stack([dare(delta, mask[name], drop) for delta, mask in pairs])
+
+            return task_vectors.changed(change)
+
+    for name, value in merge(task_vectors, rules=[Given()], scale=scale).items():
+        assert torch.equal(value, reference["fp64"]["merged"][name]), name

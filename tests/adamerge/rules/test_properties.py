@@ -19,27 +19,38 @@ from torch.testing import assert_close
 import adamerge.rules
 from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
+    Breadcrumbs,
+    Cabs,
+    Consensus,
     Correction,
+    Dare,
+    Della,
     ElectSign,
     Expo,
     Karcher,
     LayerSwap,
     LearnedCoefficients,
     Linear,
+    Lines,
+    MagMax,
     Mean,
     MetaGpt,
     ModelStock,
     MultiSlerp,
     NearSwap,
     NuSlerp,
+    Pcb,
     Prune,
+    Ram,
     Rebase,
     Rule,
+    Sce,
     Slerp,
     TaskArithmetic,
     Transform,
     Trim,
     TruncatedSVD,
+    Widen,
 )
 
 State = dict[str, Tensor]
@@ -98,6 +109,11 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
 
 # A line per rule, more where arguments make another rule of it, alphabetically. What transforms leave is summed.
 CASES = [
+    Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
+    Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
+    Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
+    Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
+    Case(Della, alone=False, identical="other"),  # drops entries
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
@@ -126,13 +142,24 @@ CASES = [
     Case(NuSlerp, experts=2),
     Case(NuSlerp, {"weights": {"letters": 1.0, "digits": 3.0}, "per": "row"}, experts=2),
     Case(NuSlerp, {"per": "column", "on": "task_vectors"}, experts=2),
+    Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
+    Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(MagMax),
+    Case(Mean),
+    Case(Pcb, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Prune, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
+    Case(Ram),
+    Case(Ram, {"rescale": 0.1}),
     Case(Rebase, {"scale": 0.5}, identical="other", moves_base=True),  # its base is a merge
     Case(Slerp, experts=2),
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
+    Case(Sce, {"keep": 0.3}),
+    Case(Sce, {"keep": 1.0}),
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
+    Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
+    Case(Widen, identical="other"),  # adds up what is important
 ]
 
 

@@ -87,6 +87,24 @@ def test_experts_that_are_the_base_have_nothing_to_trim():
     assert not Trim(0.2)(tv).deltas["w"].any()
 
 
+def test_each_tensor_may_be_counted_by_itself():
+    tv = vectors(u=[[1.0, -9.0, 2.0, 3.0], [0.0, 1.0, 2.0, 8.0]], v=[[-4.0, 5.0], [7.0, -6.0]], s=[[1.0], [-2.0]])
+    after = Trim(0.3, scope="tensor")(tv)
+    # ⌊0.3 · 4⌋ = 1 and 0 of the others: the third, the second and the only smallest, and what is above.
+    assert after.deltas["u"].tolist() == [[0, -9, 0, 3], [0, 0, 2, 8]]
+    assert after.deltas["v"].tolist() == [[0, 5], [7, 0]]
+    assert after.deltas["s"].tolist() == [[1], [-2]]
+    everything = Trim(1.0, scope="tensor")(tv)
+    assert all(torch.equal(everything.deltas[name], delta) for name, delta in tv.deltas.items())
+
+
+def test_a_scope_is_wanted():
+    with pytest.raises(InputError, match="expected scope to be 'model' or 'tensor' in Trim, got 'layer'"):
+        Trim(scope="layer")
+    with pytest.raises(InputError, match="with scope='tensor', leave count_unchanged out"):
+        Trim(scope="tensor", count_unchanged=True)
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, 20])
 def test_a_share_is_wanted(keep):
     with pytest.raises(InputError, match=f"expected 0 < keep <= 1 in Trim, got {keep}"):

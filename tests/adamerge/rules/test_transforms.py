@@ -12,6 +12,10 @@ from torch.testing import assert_close
 from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.deltas import Deltas, LowRank, Sparse, dense
 from adamerge.rules import (
+    Breadcrumbs,
+    Cabs,
+    Dare,
+    Della,
     ElectSign,
     LearnedCoefficients,
     Mean,
@@ -27,7 +31,12 @@ from adamerge.rules import (
 
 TRANSFORMS = [
     Trim(0.3),
+    Trim(0.3, scope="tensor"),
     ElectSign(),
+    Breadcrumbs(0.4),
+    Cabs(1, 3),
+    Dare(0.4),
+    Della(0.4, 0.2),
     Prune(0.3),
     Prune(0.3, sparse=False),
     TruncatedSVD(1),
@@ -35,7 +44,17 @@ TRANSFORMS = [
     Rebase(),
 ]
 NAMES = [f"{type(step).__name__}-{i}" for i, step in enumerate(TRANSFORMS)]
-IDENTITIES = [Trim(1.0), Prune(1.0), Prune(1.0, sparse=False), TruncatedSVD(1.0), TruncatedSVD(99)]
+IDENTITIES = [
+    Trim(1.0),
+    Trim(1.0, scope="tensor"),
+    Dare(0.0),
+    Della(0.0, 0.0),
+    Breadcrumbs(1.0, 0.0),
+    Prune(1.0),
+    Prune(1.0, sparse=False),
+    TruncatedSVD(1.0),
+    TruncatedSVD(99),
+]
 
 every_transform = pytest.mark.parametrize("step", TRANSFORMS, ids=NAMES)
 

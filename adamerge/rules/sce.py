@@ -1,0 +1,42 @@
+"""Select, calculate, erase: where the experts differ, weighed by how far they moved, without those outvoted."""
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import InputError
+from adamerge.rules.base import Rule, Stack
+
+
+class Sce(Rule[None]):
+    """SCE (FuseChat, arXiv:2408.07990), tensor by tensor.
+
+    Select: the `keep` share of entries whose variance over the experts is largest, counted among those that vary at
+    all; the others are zero, unless nothing varies. Calculate: wₖ = mean(τₖ²) / Σⱼ mean(τⱼ²) over what was selected.
+    Erase: mₖ = 1 where τₖ has the sign of Σⱼ τⱼ (+ for 0). The outcome is Σ wₖ mₖ τₖ / Σ wₖ mₖ.
+
+    Args:
+        keep: 0 < keep ≤ 1; 1 selects everything.
+    """
+
+    def __init__(self, keep: float = 0.1) -> None:
+        if not 0 < keep <= 1:
+            raise InputError(f"expected 0 < keep <= 1 in Sce, got {keep}")
+        self.keep = keep
+
+    def combine(self, stack: Stack, statistics: None) -> Tensor:
+        deltas = select(stack.deltas, self.keep)
+        energy = deltas.square().reshape(len(deltas), -1).mean(1)
+        weights = (energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)).view(-1, *[1] * (deltas.dim() - 1))
+        sign = torch.where(deltas.sum(0) >= 0, 1, -1)
+        votes = weights * (deltas.sign() == sign)
+        return (votes * deltas).sum(0) / votes.sum(0).clamp(min=torch.finfo(votes.dtype).tiny)
+
+
+def select(deltas: Tensor, keep: float) -> Tensor:
+    """[K, *shape] with zeros where the variance over K is not among the `keep` share of largest ones."""
+    variance = deltas.var(0, correction=0)
+    varying = int(variance.count_nonzero())
+    if not varying or keep == 1:
+        return deltas
+    rank = variance.numel() + 1 - max(1, int(keep * varying + 1e-9))
+    return torch.where(variance >= variance.flatten().kthvalue(rank).values, deltas, 0)
