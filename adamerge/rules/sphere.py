@@ -106,7 +106,6 @@ def karcher(tensors: Tensor, max_iter: int = 10, tol: float = 1e-5, name: str = 
         if step < tol:
             break
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
-        mean = mean / mean.norm()
     return mean * (sum(norms) / len(norms))
 
 

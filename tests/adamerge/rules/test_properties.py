@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -93,10 +94,13 @@ class Case:
 
     def steps(self, tasks: Sequence[str] = TASKS) -> list[Any]:
         """A list for `merge` with the rule in it."""
-        step = self.rule(**(self.arguments(tasks) if callable(self.arguments) else self.arguments))
+        step = self.rule(**self.given(tasks))
         if isinstance(step, Rule):
             return [step]
         return [TaskArithmetic(), step] if isinstance(step, Correction) else [step, TaskArithmetic()]
+
+    def given(self, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+        return self.arguments(tasks) if callable(self.arguments) else self.arguments
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -183,6 +187,14 @@ def test_every_exported_rule_has_an_entry(rule):
     known = {case.rule for case in CASES}
     assert rule in known, f"{rule.__name__} is exported from adamerge.rules but has no entry in CASES of {__file__}"
     assert rule.__doc__, f"{rule.__name__} has no docstring"
+
+
+@every_case
+def test_configurations_build_it(case):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(case.rule, "rule", fail_untyped=True)
+    built = parser.instantiate(parser.parse_object({"rule": case.given()})).rule
+    assert type(built) is case.rule
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ def test_the_order_of_the_experts(case):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_dtypes(case, dtype):
     base, experts = pool(case.tasks, dtype)
     merged = merge(TaskVectors.from_state_dicts(base, experts), rules=case.steps(case.tasks))
@@ -410,9 +422,8 @@ def test_ties_integers_and_statistics(case):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_files_and_pieces_give_what_memory_gives(case, dtype, tmp_path, monkeypatch):
-    base, experts = pool(case.tasks, dtype)
+def test_files_and_pieces_give_what_memory_gives(case, tmp_path, monkeypatch):
+    base, experts = pool(case.tasks, torch.float32)
     untied = {name: {n: v for n, v in s.items() if n != "head.weight"} for name, s in {"base": base, **experts}.items()}
     for name, values in untied.items():
         save_file(values, tmp_path / f"{name}.safetensors")
@@ -424,6 +435,6 @@ def test_files_and_pieces_give_what_memory_gives(case, dtype, tmp_path, monkeypa
     streamed = merge(TaskVectors.open(tmp_path / "base.safetensors", files), rules=steps)
     assert identical(streamed, merge(in_memory, rules=steps))
     if case.adds_up:
-        assert_near(streamed, whole, 2 * torch.finfo(dtype).eps)
+        assert_near(streamed, whole, 1e-6)
     else:
         assert identical(streamed, whole)
