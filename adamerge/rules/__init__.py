@@ -7,10 +7,12 @@ from adamerge.rules.dare import Dare, Della
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
+from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
 from adamerge.rules.sce import Sce
+from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.stock import ModelStock
@@ -21,11 +23,13 @@ from adamerge.rules.widen import Widen
 __all__ = [
     "Breadcrumbs",
     "Cabs",
+    "ComPeft",
     "Consensus",
     "Correction",
     "Dare",
     "Della",
     "ElectSign",
+    "Emr",
     "Expo",
     "Karcher",
     "LayerSwap",
@@ -39,6 +43,7 @@ __all__ = [
     "MultiSlerp",
     "NearSwap",
     "NuSlerp",
+    "OneBit",
     "Pcb",
     "PerTensor",
     "Prune",
@@ -48,6 +53,7 @@ __all__ = [
     "Sce",
     "Slerp",
     "Stack",
+    "TallMask",
     "TaskArithmetic",
     "Transform",
     "Trim",

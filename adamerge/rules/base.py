@@ -127,12 +127,14 @@ class Transform(ABC):
 
     Attributes:
         sums: whether Στ of the outcome is a merge; `adamerge.merge` then takes the transform as the last of its rules.
+        per_task: whether θ₀ + τₖ of the outcome stands for expert k in less memory, and the sum for nothing.
         thins: whether small entries are dropped by their magnitude.
         draws: whether entries are dropped at random: among the others, few are left to be told apart by magnitude.
         votes: whether the experts have voted on each entry: what is dropped later has already been counted.
     """
 
     sums: ClassVar[bool] = True
+    per_task: ClassVar[bool] = False
     thins: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     votes: ClassVar[bool] = False
