@@ -4,6 +4,7 @@ from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import Coefficients
 from modules.corrections import Correction, Surgery, TaskBlock
 from modules.elements import ConcreteMask, Elements, Residual
+from modules.given import GivenTask
 from modules.heads import Head, Heads
 from modules.merged import MergedModel
 from modules.objectives import (
@@ -34,6 +35,7 @@ __all__ = [
     "Entropy",
     "FeatureRouter",
     "Fuser",
+    "GivenTask",
     "Head",
     "Heads",
     "LoneBlocks",
