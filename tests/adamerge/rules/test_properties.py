@@ -21,11 +21,13 @@ from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
+    ComPeft,
     Consensus,
     Correction,
     Dare,
     Della,
     ElectSign,
+    Emr,
     Expo,
     Karcher,
     LayerSwap,
@@ -39,6 +41,7 @@ from adamerge.rules import (
     MultiSlerp,
     NearSwap,
     NuSlerp,
+    OneBit,
     Pcb,
     Prune,
     Ram,
@@ -46,6 +49,7 @@ from adamerge.rules import (
     Rule,
     Sce,
     Slerp,
+    TallMask,
     TaskArithmetic,
     Transform,
     Trim,
@@ -114,12 +118,14 @@ CASES = [
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
+    Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
+    Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(LearnedCoefficients, table),
     Case(Linear),
     Case(Linear, {"weights": {"letters": 0.5, "digits": 0.3, "signs": 0.4}}, experts=3),
@@ -155,6 +161,8 @@ CASES = [
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
     Case(Sce, {"keep": 0.3}),
     Case(Sce, {"keep": 1.0}),
+    Case(OneBit, alone=False, identical="other"),  # keeps signs
+    Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries

@@ -88,6 +88,13 @@ def test_pieces_of_a_large_tensor_count_once(monkeypatch, tv):
     assert_close(deviations(tv), whole, rtol=1e-14, atol=0)
 
 
+def test_pieces_leave_the_same_signs(monkeypatch, tv):
+    whole = ComPeft(0.3)(tv)
+    monkeypatch.setattr(module, "PIECE", 7)
+    for name, delta in ComPeft(0.3)(tv).deltas.items():
+        assert torch.equal(dense(delta).sign(), dense(whole.deltas[name]).sign())
+
+
 @pytest.mark.filterwarnings("ignore:.*identical to the base")
 @pytest.mark.parametrize("rule", [OneBit(), ComPeft()], ids=lambda rule: type(rule).__name__)
 def test_an_expert_that_is_the_base_stays_so(rule):
