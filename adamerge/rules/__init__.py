@@ -8,6 +8,7 @@ from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaG
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
+from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
@@ -38,6 +39,7 @@ __all__ = [
     "Lines",
     "MagMax",
     "Mean",
+    "Merged",
     "MetaGpt",
     "ModelStock",
     "MultiSlerp",

@@ -36,6 +36,7 @@ from adamerge.rules import (
     Lines,
     MagMax,
     Mean,
+    Merged,
     MetaGpt,
     ModelStock,
     MultiSlerp,
@@ -153,6 +154,9 @@ CASES = [
     Case(MagMax),
     Case(Mean),
     Case(Pcb, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
+    Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
+    Case(Merged, {"rules": [Trim(0.3), ElectSign("mean")]}, alone=False, identical="other"),  # drops entries
+    Case(OneBit, alone=False, identical="other"),  # keeps signs
     Case(Prune, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Ram),
     Case(Ram, {"rescale": 0.1}),
