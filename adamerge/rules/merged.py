@@ -1,7 +1,5 @@
 """A static merge in the experts' place."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ class Merged(Transform):
 
     votes = True
 
-    def __init__(self, rules: list[Transform | Rule[Any] | Correction[Any]]) -> None:
+    def __init__(self, rules: list[Transform | Rule | Correction]) -> None:  # type: ignore[type-arg]
         from adamerge.merge import stages  # which knows all rules
 
         stages(rules)

@@ -122,11 +122,11 @@ CASES = [
     Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
+    Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
-    Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(LearnedCoefficients, table),
     Case(Linear),
     Case(Linear, {"weights": {"letters": 0.5, "digits": 0.3, "signs": 0.4}}, experts=3),
@@ -140,6 +140,8 @@ CASES = [
         scales_base=True,
     ),
     Case(Mean),
+    Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
+    Case(Merged, {"rules": [Trim(0.3), ElectSign("mean")]}, alone=False, identical="other"),  # drops entries
     Case(MetaGpt, adds_up=True),
     Case(ModelStock),
     Case(ModelStock, {"per": "row"}),
