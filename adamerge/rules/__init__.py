@@ -4,6 +4,7 @@ from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
+from adamerge.rules.fold import Fold, fold
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
@@ -32,6 +33,7 @@ __all__ = [
     "ElectSign",
     "Emr",
     "Expo",
+    "Fold",
     "Karcher",
     "LayerSwap",
     "LearnedCoefficients",
@@ -62,5 +64,6 @@ __all__ = [
     "TruncatedSVD",
     "WeightRule",
     "Widen",
+    "fold",
     "transform",
 ]

@@ -101,6 +101,20 @@ class Changes(Iterable[tuple[Stack, Tensor]]):
         return self._again()
 
 
+class Folds(ABC):
+    """What a rule can do whose outcome for n + 1 experts follows from that for n and from one more (see `Fold`)."""
+
+    @abstractmethod
+    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+        """The change that `count` experts and one more are combined to; twice as large where both arguments are.
+
+        Args:
+            change: that of the `count` experts, [*shape].
+            delta: of the expert that joins them, [*shape].
+            count: how many were there before.
+        """
+
+
 class Correction(ABC, Generic[Statistics]):
     """Changes what a rule has combined, in view of the task vectors as they were before any transform.
 
