@@ -69,7 +69,9 @@ class ComPeft(PerTensor[tuple[Tensor, Tensor]]):
 
     def fit(self, task_vectors: TaskVectors) -> tuple[Tensor, Tensor]:
         """The smallest magnitude that each expert keeps and the size that it then has, both [K]."""
-        return Trim(self.keep).fit(task_vectors), self.scale * deviations(task_vectors)
+        least = Trim(self.keep).fit(task_vectors)
+        assert least is not None  # one threshold for all tensors
+        return least, self.scale * deviations(task_vectors)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: tuple[Tensor, Tensor]) -> AnyDeltas:
         values, (least, sizes) = dense(deltas), statistics
