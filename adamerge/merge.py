@@ -64,6 +64,11 @@ def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Corr
         last = transforms[-1]
         if isinstance(last, Rule):
             return transforms[:-1], last, corrections
+        if last.per_task:
+            raise InputError(
+                f"{type(last).__name__} gives one model per task: use transform(task_vectors, rules).expert(task), or "
+                "save them with save_compressed; or end the list with a rule that combines them"
+            )
         if not last.sums:
             raise InputError(f"{type(last).__name__} does not combine the experts: end the list with a rule that does")
     rule = combining[0] if combining else TaskArithmetic()

@@ -4,6 +4,7 @@ from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import Coefficients
 from modules.corrections import Correction, Surgery, TaskBlock
 from modules.elements import ConcreteMask, Elements, Residual
+from modules.given import GivenTask
 from modules.heads import Head, Heads
 from modules.merged import MergedModel
 from modules.objectives import (
@@ -11,6 +12,7 @@ from modules.objectives import (
     Diversity,
     DualAnchors,
     Entropy,
+    Mistakes,
     Objective,
     PseudoLabels,
     RepresentationL1,
@@ -34,10 +36,12 @@ __all__ = [
     "Entropy",
     "FeatureRouter",
     "Fuser",
+    "GivenTask",
     "Head",
     "Heads",
     "LoneBlocks",
     "MergedModel",
+    "Mistakes",
     "Objective",
     "Pass",
     "PseudoLabels",

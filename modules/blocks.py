@@ -87,7 +87,7 @@ def per_task(x: Tensor, segments: Mapping[str, int], function: Callable[[Tensor,
     """Apply a function of (images of one task, task) to a batch that holds several tasks one after another."""
     if sum(segments.values()) != len(x):
         said = f"{sum(segments.values())} are said to be in it" if segments else "nothing says of which tasks"
-        raise InputError(f"a batch of {len(x)} is corrected task by task, but {said}; see MergedModel.of")
+        raise InputError(f"a batch of {len(x)} is taken task by task, but {said}; see MergedModel.of")
     parts = x.split(list(segments.values()))
     return torch.cat([function(part, task) for part, task in zip(parts, segments, strict=True)])
 

@@ -16,7 +16,7 @@ from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
 from adamerge.ops import column_sum, weighted_sum
 from adamerge.rules import Mean, Stack
-from modules.blocks import Blocks, LoneBlocks
+from modules.blocks import Blocks, LoneBlocks, per_task
 from modules.coefficients import USUAL_SCALE, Coefficients
 from modules.elements import Elements
 from modules.routers import Router
@@ -90,6 +90,8 @@ class MergedModel(nn.Module):
         self._cache: tuple[Tensor, tuple[int, ...], Weights] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.router is not None and self.router.mixes == "tasks":
+            return self._by_task(*args, **kwargs)
         weights = self.current()
         if self.routing is None or self.router is None or not self.router.global_ or self.routing.given:
             return functional_call(self._frozen.model, weights, args, kwargs)
@@ -125,11 +127,20 @@ class MergedModel(nn.Module):
     def _expert(self, k: int, *args: Any, **kwargs: Any) -> Tensor:
         """The features [B, D] of one expert, whose weights live for this pass alone."""
         frozen = self._frozen
-        one = nn.functional.one_hot(torch.tensor(k), len(self.tasks)).to(self.coefficients.raw)
-        rows = self.coefficients.rows
-        weights = {name: weighted_sum(one, frozen.tensor(name), frozen.deltas[name]) for name in rows}
+        weights = {name: frozen.tensor(name) + frozen.deltas[name][k] for name in self.coefficients.rows}
         features: Tensor = functional_call(frozen.model, weights, args, kwargs)
         return features
+
+    def _by_task(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The features [B, D] of every task's images by that task's expert."""
+
+        def features(part: Tensor, task: str) -> Tensor:
+            if task not in self.tasks:
+                raise InputError(f"task {task!r} has no expert of its own among {', '.join(self.tasks)}")
+            with self.of({task: len(part)}):
+                return self._expert(self.tasks.index(task), part, *args, **kwargs)
+
+        return per_task(images, self.segments or {}, features)
 
     @contextmanager
     def of(self, segments: Mapping[str, int] | None) -> Iterator[None]:
@@ -223,7 +234,7 @@ class MergedModel(nn.Module):
     def stored_parameters(self) -> int:
         """How many numbers the merged weights consist of; what is routed or never merged keeps all experts' deltas."""
         layers = self.routing.layers if self.routing else frozenset()
-        apart = self.router is not None and self.router.mixes == "outputs"
+        apart = self.router is not None and self.router.mixes != "weights"
         routed = [d for name, d in self._frozen.deltas.items() if apart or name.rpartition(".")[0] in layers]
         return sum(p.numel() for p in self._frozen.model.parameters()) + sum(
             d.nbytes // d.dtype.itemsize for d in routed

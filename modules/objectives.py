@@ -191,6 +191,15 @@ class Supervised(Objective):
         return objectives.cross_entropy(view.logits, view.labels)
 
 
+class Mistakes(Objective):
+    """1 where the most likely class is not the label, else 0: for searches, since it has no gradient."""
+
+    needs = frozenset({"task id", "labels"})
+
+    def forward(self, view: View) -> Tensor:
+        return (view.logits.argmax(1) != view.labels).to(view.logits.dtype)
+
+
 class Sum(Objective):
     """A weighted sum of objectives, such as entropy and diversity.
 

@@ -29,8 +29,9 @@ class Router(nn.Module, ABC):
 
     #: Whether weights follow from the features of the model without routing, in a pass of their own.
     global_: bool = False
-    #: What is mixed: the experts' weights, or what every expert gives, which costs a pass through each of them.
-    mixes: Literal["weights", "outputs"] = "weights"
+    #: What is mixed: the experts' weights, or what every expert gives, which costs a pass through each of them, or the
+    #: tasks of a batch, whose images go through their own expert.
+    mixes: Literal["weights", "outputs", "tasks"] = "weights"
 
     def __init__(self, scope: str = "mlp") -> None:
         super().__init__()

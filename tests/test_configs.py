@@ -1,5 +1,6 @@
 """Every YAML in configs/ works: run for two steps, one a phase, where it needs nothing, else parsed and built."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def test_runs_for_two_steps(config, tmp_path_factory, monkeypatch, tmp_path):
     recipe = [f"--model.init_args.suite.init_args.recipe.{name}={value}" for name, value in SMALL.items()]
     recipe += BRIEF.get(config.name, [])
     main(["fit", f"--config={config}", *recipe, "--trainer.max_steps=2", "--trainer.accelerator=cpu"])
-    assert (tmp_path / "runs/run/results.json").is_file()
+    results = json.loads((tmp_path / "runs/run/results.json").read_text())
+    if "trainers.Static" in config.read_text():
+        rows = {row["method"]: row["accuracy"] for row in results["rows"]}
+        assert rows["this run, start"] == rows["this run, adapted"]
+        assert results["learned_parameters"] == 0
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if "clip" in c.name], ids=relative)

@@ -8,7 +8,7 @@ from trainers.frank_wolfe import FrankWolfe
 from trainers.guards import Guard
 from trainers.pareto import MAP
 from trainers.programs import MGDA, Alternate, BiLevel, Joint, Program, Weighted
-from trainers.search import AdaMMS, LMCocktail, Search
+from trainers.search import AdaMMS, GridSearch, LMCocktail, Search, Static
 from trainers.streams import Stream
 
 __all__ = [
@@ -23,12 +23,14 @@ __all__ = [
     "BiLevel",
     "FineTune",
     "FrankWolfe",
+    "GridSearch",
     "Guard",
     "Joint",
     "LMCocktail",
     "LabelledData",
     "Program",
     "Search",
+    "Static",
     "Stream",
     "Weighted",
     "fine_tune",

@@ -27,6 +27,8 @@ class Program(ABC):
 
     #: Whether the optimiser moves what learns; if not, the program does so itself and its losses take no gradient.
     descends: bool = True
+    #: Whether anything moves at all.
+    learns: bool = True
 
     @abstractmethod
     def losses(self, run: "Adaptation", batch: Batch) -> Losses:

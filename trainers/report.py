@@ -149,7 +149,7 @@ class Report(L.Callback):
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
-            "learned_parameters": sum(p.numel() for _, p in module.learned()),
+            "learned_parameters": sum(p.numel() for _, p in module.learned()) if _learns(module) else 0,
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
             "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
@@ -222,8 +222,8 @@ def information(module: Adaptation, stream: Any) -> set[str]:
     """What a run is told: what its objectives and guards need, and, where they take any, the images of its stream."""
     watching = guards(module)
     told = set[str]().union(*(phase.objective.needs for phase in module.phases), *(guard.needs for guard in watching))
-    if not watching and not any(phase.objective.images for phase in module.phases):
-        return told
+    if not watching and not any(phase.objective.images and phase.stepper.learns for phase in module.phases):
+        return told if _learns(module) else set()
     told |= {"images"}
     if isinstance(stream, Stream):
         told |= {"task id", "train data"} if stream.train_split == "train" else {"task id"}
@@ -236,8 +236,15 @@ def guards(module: Adaptation) -> list[Guard]:
     return [callback for callback in callbacks if isinstance(callback, Guard)]
 
 
+def _learns(module: Adaptation) -> bool:
+    """Whether anything moves in the course of a run."""
+    return any(phase.stepper.learns for phase in module.phases)
+
+
 def budget(module: Adaptation, stream: Any) -> str:
     """One sentence on what a run learns, and from what."""
+    if not _learns(module):
+        return "Learns nothing: the merge is scored as it is"
     counts = {part: sum(p.numel() for p in parameters) for part, parameters in module.learned_by_part().items()}
     parts = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
     sees = information(module, stream)

@@ -90,6 +90,56 @@ class Search(Program):
         self.kept = dict(state)
 
 
+class Static(Search):
+    """Nothing moves: a merge is scored as it begins, and the run ends after one batch."""
+
+    learns = False
+
+    def __init__(self) -> None:
+        super().__init__(batches=1)
+
+    def check(self, run: "Adaptation", learning: list[str]) -> None:
+        """Whatever a run has may stay as it is."""
+
+    def step(self, run: "Adaptation", batch: Batch) -> None:
+        """No candidates."""
+
+
+class GridSearch(Search):
+    """The scale of the least loss among some: argmin_λ Σ_t ℓ_t(θ₀ + λ Σₖ τₖ), the mean over all batches so far.
+
+    Of a static merge (`adamerge.rules.Merged`), λ is the scale. By entropy, no label is seen; by `modules.Mistakes` on
+    labelled images the scale is chosen by accuracy, as most published figures of static merges were.
+
+    Args:
+        grid: the scales; default: ten from a fifth of the usual scale of the suite to twice that scale.
+        batches: the number of batches to compare on.
+    """
+
+    def __init__(self, grid: list[float] | None = None, batches: int = 10) -> None:
+        super().__init__(batches)
+        self.grid = grid
+        if grid is not None and not grid:
+            raise InputError("grid is empty: name some scales")
+
+    def check(self, run: "Adaptation", learning: list[str]) -> None:
+        super().check(run, learning)
+        points = self._points(run)
+        if run.coefficients.bound == "clamp" and not 0 <= float(points.min()) <= float(points.max()) <= 1:
+            raise InputError(f"grid {self.grid} leaves [0, 1], to which these coefficients are clamped")
+
+    def step(self, run: "Adaptation", batch: Batch) -> None:
+        points = self._points(run)
+        found = [sum(float(losses.double().mean()) for losses in self.score(run, batch, p).values()) for p in points]
+        self.kept["losses"] = total = self.kept.get("losses", 0) + torch.tensor(found, dtype=torch.float64)
+        run.coefficients.assign(points[int(total.argmin())].expand_as(run.coefficients.raw))
+
+    def _points(self, run: "Adaptation") -> Tensor:
+        """Coefficients of the candidates, [N, 1]."""
+        grid = [run.suite.scale * n / 5 for n in range(1, 11)] if self.grid is None else self.grid
+        return torch.tensor(grid, dtype=torch.float64)[:, None]
+
+
 class AdaMMS(Search):
     """The merge whose predictions differ least from its neighbours' on a grid (AdaMMS, arXiv:2503.23733).
 

@@ -8,6 +8,8 @@ from torch import nn
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation
 
+_PLAIN = (bool, int, float, str, list, dict, nn.ModuleList)
+
 
 def describe(run: "Adaptation") -> dict[str, Any]:
     """The choice on every axis that makes up a run's method."""
@@ -38,6 +40,12 @@ def settings(thing: object) -> dict[str, Any] | None:
     if thing is None:
         return None
     given = {name: getattr(thing, name, None) for name in inspect.signature(type(thing)).parameters}
-    plain = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, list, dict))}
-    parts = {n: [settings(part) for part in value] for n, value in given.items() if isinstance(value, nn.ModuleList)}
-    return {"name": type(thing).__name__, **plain, **parts}
+    plain = {name: _plain(value) for name, value in given.items() if isinstance(value, _PLAIN)}
+    return {"name": type(thing).__name__, **plain}
+
+
+def _plain(value: Any) -> Any:
+    """Parts in lists by their own settings, all else as it is."""
+    if not isinstance(value, (list, nn.ModuleList)):
+        return value
+    return [_plain(each) if isinstance(each, _PLAIN) else settings(each) for each in value]

@@ -101,6 +101,20 @@ class Changes(Iterable[tuple[Stack, Tensor]]):
         return self._again()
 
 
+class Folds(ABC):
+    """What a rule can do whose outcome for n + 1 experts follows from that for n and from one more (see `Fold`)."""
+
+    @abstractmethod
+    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+        """The change that `count` experts and one more are combined to; twice as large where both arguments are.
+
+        Args:
+            change: that of the `count` experts, [*shape].
+            delta: of the expert that joins them, [*shape].
+            count: how many were there before.
+        """
+
+
 class Correction(ABC, Generic[Statistics]):
     """Changes what a rule has combined, in view of the task vectors as they were before any transform.
 
@@ -127,12 +141,14 @@ class Transform(ABC):
 
     Attributes:
         sums: whether Στ of the outcome is a merge; `adamerge.merge` then takes the transform as the last of its rules.
+        per_task: whether θ₀ + τₖ of the outcome stands for expert k in less memory, and the sum for nothing.
         thins: whether small entries are dropped by their magnitude.
         draws: whether entries are dropped at random: among the others, few are left to be told apart by magnitude.
         votes: whether the experts have voted on each entry: what is dropped later has already been counted.
     """
 
     sums: ClassVar[bool] = True
+    per_task: ClassVar[bool] = False
     thins: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     votes: ClassVar[bool] = False

@@ -9,12 +9,12 @@ from adamerge.coefficients import CoefficientTable, read_coefficients
 from adamerge.deltas import dense
 from adamerge.errors import InputError
 from adamerge.ops import column_sum, matrix
-from adamerge.rules.base import Rule, Stack, WeightRule, parameters
+from adamerge.rules.base import Folds, Rule, Stack, WeightRule, parameters
 from adamerge.rules.weights import Weights, check_count, per_task, shares, weighted_sum
 from adamerge.task_vectors import TaskVectors
 
 
-class TaskArithmetic(Rule[None]):
+class TaskArithmetic(Rule[None], Folds):
     """Task arithmetic (arXiv:2212.04089): Σₖ τₖ, to be scaled by one number (0.3 for the field's eight CLIP tasks)."""
 
     elementwise = True
@@ -22,8 +22,11 @@ class TaskArithmetic(Rule[None]):
     def combine(self, stack: Stack, statistics: None) -> Tensor:
         return stack.deltas.sum(0)
 
+    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+        return change + delta
 
-class Mean(Rule[None]):
+
+class Mean(Rule[None], Folds):
     """Simple averaging: (1/K) Σₖ τₖ, which is the mean of the experts' weights at scale 1."""
 
     elementwise = True
@@ -36,6 +39,9 @@ class Mean(Rule[None]):
         experts = len(stack.tasks)
         mean = (experts * stack.base + stack.deltas.sum(0)) / experts
         return torch.lerp(stack.base, mean, scale)
+
+    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+        return (count * change + delta) / (count + 1)
 
 
 class Linear(WeightRule[None]):

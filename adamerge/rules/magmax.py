@@ -5,10 +5,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from adamerge.rules.base import Rule, Stack
+from adamerge.rules.base import Folds, Rule, Stack
 
 
-class MagMax(Rule[None]):
+class MagMax(Rule[None], Folds):
     """Maximum magnitude selection (MagMax, arXiv:2407.06322): τᵢ = τₖᵢ of the expert k with the largest |τₖᵢ|.
 
     Among equal magnitudes, the later expert's is taken, so that experts may be added one by one in their order. Meant
@@ -19,6 +19,9 @@ class MagMax(Rule[None]):
 
     def combine(self, stack: Stack, statistics: None) -> Tensor:
         return reduce(larger, stack.deltas)
+
+    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+        return larger(change, delta)
 
 
 def larger(first: Tensor, second: Tensor) -> Tensor:

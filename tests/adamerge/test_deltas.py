@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from adamerge import InputError
 from adamerge.deltas import Deltas, LowRank, Sparse, dense, mapped
 from adamerge.ops import inner, weighted, weighted_sum
+from adamerge.packed import Packed, pack, unpack
 
 MATRICES = [(4, 7), (7, 4), (3, 2, 2, 2), (1, 5)]
 SHAPES = [(), (5,), *MATRICES, (0, 3)]
@@ -28,12 +29,30 @@ def sparse(shape: tuple[int, ...]) -> Sparse:
     return Sparse.from_dense(torch.where(values.abs() > 0.8, values, 0))
 
 
-CASES = [
-    pytest.param(make, shape, id=f"{make.__name__}-{shape}")
-    for make, shapes in ((low_rank, MATRICES), (sparse, SHAPES))
-    for shape in shapes
-]
-FORMS = [pytest.param(make, id=make.__name__) for make in (low_rank, sparse)]
+def bits(shape: tuple[int, ...]) -> torch.Tensor:
+    return pack(torch.rand(TASKS, *shape) > 0.4)
+
+
+def shared(shape: tuple[int, ...]) -> Packed:
+    return Packed(torch.randn(TASKS).double(), torch.Size((TASKS, *shape)), torch.randn(shape).double())
+
+
+def masked(shape: tuple[int, ...]) -> Packed:
+    values = torch.randn(shape).double()
+    return Packed(torch.randn(TASKS).double(), torch.Size((TASKS, *shape)), values, bits(shape))
+
+
+def signs(shape: tuple[int, ...]) -> Packed:
+    return Packed(torch.randn(TASKS).double(), torch.Size((TASKS, *shape)), signs=bits(shape))
+
+
+def ternary(shape: tuple[int, ...]) -> Packed:
+    return Packed(torch.randn(TASKS).double(), torch.Size((TASKS, *shape)), masks=bits(shape), signs=bits(shape))
+
+
+MAKERS = ((low_rank, MATRICES), *((make, SHAPES) for make in (sparse, shared, masked, signs, ternary)))
+CASES = [pytest.param(make, shape, id=f"{make.__name__}-{shape}") for make, shapes in MAKERS for shape in shapes]
+FORMS = [pytest.param(make, id=make.__name__) for make, _ in MAKERS]
 
 
 # -- closed forms ------------------------------------------------------------------------------------------------------
@@ -259,6 +278,48 @@ def test_a_decomposition_that_fails_is_tried_again_and_then_named(monkeypatch):
         LowRank.from_dense(values, 2, "mlp.weight")
 
 
+# -- bits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
+def test_bits_come_back_from_bytes(count):
+    values = torch.rand(2, count) > 0.5
+    packed = pack(values)
+    assert packed.shape == (2, math.ceil(count / 8))
+    for row, found in zip(values, packed, strict=True):
+        assert unpack(found, count).tolist() == row.tolist()
+
+
+def test_the_first_bit_is_the_lowest():
+    assert pack(torch.tensor([[True, False, True, False, False, False, False, False, False, True]])).tolist() == [
+        [5, 2]
+    ]
+
+
+def test_packed_deltas_are_number_times_shared_times_mask_times_sign():
+    kept, plus = torch.tensor([[1, 0, 1], [1, 1, 0]]).bool(), torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
+    scales, values = torch.tensor([2.0, 10.0]), torch.tensor([1.0, 3.0, 5.0])
+    deltas = Packed(scales, torch.Size((2, 3)), values, pack(kept), pack(plus))
+    assert deltas.dense().tolist() == [[2, 0, -10], [-10, 30, 0]]
+    assert Packed(scales, torch.Size((2, 3)), values, pack(kept)).dense().tolist() == [[2, 0, 10], [10, 30, 0]]
+    assert Packed(scales, torch.Size((2, 3)), signs=pack(plus)).dense().tolist() == [[2, 2, -2], [-10, 10, 10]]
+    assert Packed(scales, torch.Size((2, 3)), values).dense().tolist() == [[2, 6, 10], [10, 30, 50]]
+
+
+def test_a_bit_takes_an_eighth_of_a_byte():
+    shape = torch.Size((3, 40, 50))
+    plane = pack(torch.rand(shape) > 0.5)
+    assert Packed(torch.ones(3), shape, signs=plane).nbytes == 3 * 4 + 3 * 250
+    assert Packed(torch.ones(3), shape, torch.ones(40, 50), plane).nbytes == 3 * 4 + 2000 * 4 + 3 * 250
+    assert Packed(torch.ones(3), shape, masks=plane, signs=plane).nbytes == 3 * 4 + 2 * 3 * 250
+
+
+def test_masks_that_miss_what_is_shared_leave_nothing():
+    values, kept = torch.tensor([0.0, 1.0]), torch.tensor([[True, False]] * 2)
+    assert not Packed(torch.ones(2), torch.Size((2, 2)), values, pack(kept)).any()
+    assert Packed(torch.ones(2), torch.Size((2, 2)), values, pack(~kept)).any()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,11 +346,25 @@ def test_positions_that_do_not_fit_are_refused():
         Sparse(torch.arange(3), torch.ones(3), (1, 1), torch.Size((2, 4)))
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"scales": torch.ones(3)},
+        {"scales": torch.ones(2), "shared": torch.ones(3, 3)},
+        {"scales": torch.ones(2), "masks": torch.zeros(2, 2, dtype=torch.uint8)},
+    ],
+    ids=lambda parts: list(parts)[-1],
+)
+def test_packed_parts_that_do_not_fit_are_refused(parts):
+    with pytest.raises(InputError, match=r"do not make packed deltas of shape \[2, 3\]"):
+        Packed(shape=torch.Size((2, 3)), **parts)
+
+
 @pytest.mark.parametrize("make", FORMS)
 def test_as_many_coefficients_as_experts_are_wanted(make):
     with pytest.raises((ValueError, RuntimeError)):
         weighted(torch.ones(TASKS + 1), make((4, 7)))
 
 
-def test_both_forms_are_deltas():
-    assert all(isinstance(make((4, 7)), Deltas) for make in (low_rank, sparse))
+def test_all_forms_are_deltas():
+    assert all(isinstance(make((4, 7)), Deltas) for make, _ in MAKERS)

@@ -201,7 +201,7 @@ class TestEveryCorrection:
 def test_a_batch_of_unknown_tasks_is_refused(vit, name):
     merged, correction = vit.corrected(name)
     assert correction.inside
-    with pytest.raises(InputError, match="a batch of 6 is corrected task by task, but nothing says of which tasks"):
+    with pytest.raises(InputError, match="a batch of 6 is taken task by task, but nothing says of which tasks"):
         merged(vit.x)
     with merged.of({"a": 2}), pytest.raises(InputError, match="but 2 are said to be in it"):
         merged(vit.x)

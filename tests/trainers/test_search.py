@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_suite import TinySuite
 
-from adamerge import InputError
-from modules import Coefficients, Entropy, Objective, Surgery
-from trainers import CMAES, M2N2, MAP, AdaMMS, Adaptation, Joint, LMCocktail, Stream, evolution
+from adamerge import InputError, merge
+from adamerge.rules import ElectSign, Merged, Trim
+from modules import Coefficients, Entropy, GivenTask, Mistakes, Objective, Surgery
+from trainers import CMAES, M2N2, MAP, AdaMMS, Adaptation, GridSearch, Joint, LMCocktail, Static, Stream, evolution
 from trainers.evolution import attraction, competition, crossover
 from trainers.pareto import Quadratic, undominated
 from trainers.phases import Phase
@@ -21,6 +22,7 @@ SEARCHES = {
     "cma_es": (lambda: CMAES(population=4), {"grain": "model", "bound": "clamp"}, 6),
     "cma_es, diagonal": (lambda: CMAES(population=4), {"grain": "tensor", "bound": "softmax"}, 6),
     "adamms": (lambda: AdaMMS(batches=4), {"grain": "model"}, 4),
+    "grid": (lambda: GridSearch(batches=4), {"grain": "model"}, 4),
     "lm_cocktail": (lambda: LMCocktail(base=True, batches=4), {"grain": "block"}, 4),
     "map": (lambda: MAP(points=5, batches=4), {"grain": "model"}, 5),
     "m2n2": (lambda: M2N2(population=5, children=2, batches=5), {"grain": "tensor"}, 5),
@@ -326,3 +328,73 @@ def test_natural_niches_keep_what_each_expert_is_good_at(adapt):
     assert float((module.coefficients() - 1 / 3).square().sum(1).mean()) < 0.03  # 2/3 for an expert, 1/3 for the base
     assert float(program.kept["merges"].sum(2).max()) <= 1 + 1e-9  # within the span of base and experts
     assert len(program.kept["merges"]) == 8
+
+
+# -- static merges -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", [None, GivenTask], ids=["merge", "task given"])
+def test_nothing_moves_where_nothing_learns(adapt, tmp_path, router):
+    module, trainer = adapt(
+        coefficients=Coefficients("model", init=0.7), router=router and router(), program=Static(), callbacks=[Report()]
+    )
+    assert trainer.global_step == 1
+    assert torch.equal(module.coefficients(), torch.full((1, 3), 0.7))
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["learned_parameters"], found["information"]) == (0, [])
+    start, end = (
+        [row for row in found["rows"] if row["method"] == f"this run, {name}"] for name in ("start", "adapted")
+    )
+    assert start[0]["accuracy"] == end[0]["accuracy"]
+
+
+def test_the_scale_of_a_static_merge_is_its_coefficient(adapt):
+    rules = [Trim(0.5), ElectSign()]
+    module, _ = adapt(transforms=[Merged(rules)], coefficients=Coefficients("model", init=0.4), program=Static())
+    expected = merge(TinySuite().task_vectors(), rules, 0.4)
+    for name, value in module.merged.merged_state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_scale_of_least_loss_is_found(adapt):
+    grid = [0.1, 0.3, 0.45, 0.9]
+    module, _ = adapt(
+        coefficients=Coefficients("model"), objective=Bowl([0.5], [0.2]), program=GridSearch(grid, batches=2)
+    )
+    # Two tasks want 0.5 and one wants 0.2: their mean is 0.4.
+    assert torch.equal(module.coefficients(), torch.full((1, 3), 0.45))
+
+
+def test_the_scale_of_most_hits_is_found(adapt):
+    settings = {"objective": Mistakes(), "program": GridSearch(batches=1), "allow_labels": True, "steps": 1}
+    module, trainer = adapt(coefficients=Coefficients("model"), stream=Stream(batch_size=23), **settings)
+    hits, suite = {}, TinySuite()
+    for n in range(1, 11):
+        scale = suite.scale * n / 5
+        with module.coefficients.at(torch.full((1, 3), scale)), torch.no_grad():
+            parts = [trainer.datamodule.eval_tasks()[task].batch(torch.arange(23)) for task in suite.tasks]
+            hits[scale] = sum(
+                float((module(images, task).argmax(1) == labels).double().mean())
+                for task, (images, labels) in zip(suite.tasks, parts, strict=True)
+            )
+    best = max(hits, key=lambda scale: hits[scale])
+    assert len(set(hits.values())) > 1
+    torch.testing.assert_close(module.coefficients(), torch.full((1, 3), best))
+
+
+@pytest.mark.parametrize(
+    ("program", "bound", "message"),
+    [
+        (lambda: GridSearch([]), "none", "grid is empty: name some scales"),
+        (lambda: GridSearch([0.5, 1.5]), "clamp", r"grid \[0.5, 1.5\] leaves \[0, 1\]"),
+        (lambda: GridSearch(), "softmax", "GridSearch needs coefficients of bound none or clamp"),
+    ],
+)
+def test_grids_that_cannot_be_searched_are_refused(adapt, program, bound, message):
+    with pytest.raises(InputError, match=message):
+        adapt(coefficients=Coefficients("model", bound), program=program())
+
+
+def test_accuracy_takes_labels_and_says_so(adapt):
+    with pytest.raises(InputError, match="Mistakes needs labels; set allow_labels"):
+        adapt(coefficients=Coefficients("model"), objective=Mistakes(), program=GridSearch())

@@ -22,12 +22,15 @@ from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
+    ComPeft,
     Consensus,
     Correction,
     Dare,
     Della,
     ElectSign,
+    Emr,
     Expo,
+    Fold,
     Karcher,
     LayerSwap,
     LearnedCoefficients,
@@ -35,11 +38,13 @@ from adamerge.rules import (
     Lines,
     MagMax,
     Mean,
+    Merged,
     MetaGpt,
     ModelStock,
     MultiSlerp,
     NearSwap,
     NuSlerp,
+    OneBit,
     Pcb,
     Prune,
     Ram,
@@ -47,6 +52,7 @@ from adamerge.rules import (
     Rule,
     Sce,
     Slerp,
+    TallMask,
     TaskArithmetic,
     Transform,
     Trim,
@@ -115,12 +121,16 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
 CASES = [
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
     Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
+    Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
+    Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
+    # A merge of one expert and one more; statistics too.
+    Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
@@ -136,7 +146,12 @@ CASES = [
         ordered=True,
         scales_base=True,
     ),
+    Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
+    Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(MagMax),
     Case(Mean),
+    Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
+    Case(Merged, {"rules": [Trim(0.3), ElectSign("mean")]}, alone=False, identical="other"),  # drops entries
     Case(MetaGpt, adds_up=True),
     Case(ModelStock),
     Case(ModelStock, {"per": "row"}),
@@ -146,19 +161,17 @@ CASES = [
     Case(NuSlerp, experts=2),
     Case(NuSlerp, {"weights": {"letters": 1.0, "digits": 3.0}, "per": "row"}, experts=2),
     Case(NuSlerp, {"per": "column", "on": "task_vectors"}, experts=2),
-    Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
-    Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
-    Case(MagMax),
-    Case(Mean),
+    Case(OneBit, alone=False, identical="other"),  # keeps signs
     Case(Pcb, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Prune, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Ram),
     Case(Ram, {"rescale": 0.1}),
     Case(Rebase, {"scale": 0.5}, identical="other", moves_base=True),  # its base is a merge
-    Case(Slerp, experts=2),
-    Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
     Case(Sce, {"keep": 0.3}),
     Case(Sce, {"keep": 1.0}),
+    Case(Slerp, experts=2),
+    Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
+    Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries

@@ -14,14 +14,18 @@ from adamerge.deltas import Deltas, LowRank, Sparse, dense
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
+    ComPeft,
     Dare,
     Della,
     ElectSign,
+    Emr,
     LearnedCoefficients,
     Mean,
+    OneBit,
     PerTensor,
     Prune,
     Rebase,
+    TallMask,
     TaskArithmetic,
     Transform,
     Trim,
@@ -42,6 +46,10 @@ TRANSFORMS = [
     TruncatedSVD(1),
     TruncatedSVD(0.6),
     Rebase(),
+    TallMask(0.2),
+    Emr(),
+    OneBit(),
+    ComPeft(0.4),
 ]
 NAMES = [f"{type(step).__name__}-{i}" for i, step in enumerate(TRANSFORMS)]
 IDENTITIES = [
@@ -247,6 +255,11 @@ def test_learned_coefficients_of_a_ties_split(tv, base):
         ([Mean(), Trim()], "Mean combines the experts: put it last"),
         ([TaskArithmetic(), ElectSign()], "TaskArithmetic combines the experts: put it last"),
         ([Rebase()], "Rebase does not combine the experts: end the list with a rule that does"),
+        *(
+            ([rule], f"{type(rule).__name__} gives one model per task: use transform.*expert.* or save them")
+            for rule in (TallMask(), Emr(), OneBit(), ComPeft())
+        ),
+        ([Emr(), Trim(), Mean()], "Trim after Emr drops entries that have voted: put Trim before Emr"),
         ([ElectSign(), Trim()], "Trim after ElectSign drops entries that have voted: put Trim before ElectSign"),
         ([ElectSign(), Prune(), Mean()], "Prune after ElectSign drops entries that have voted"),
         ([Trim(), ElectSign("mean"), Mean()], r"ElectSign\('mean'\) combines the experts, and so does Mean"),
@@ -286,6 +299,8 @@ def test_a_transform_of_ones_own_is_a_tensor_function(tv):
         (Prune(0.3, sparse=False), {"keep": 0.3, "sparse": False}),
         (TruncatedSVD(0.5, exclude="bias"), {"rank": 0.5, "exclude": "bias"}),
         (Rebase(scale=0.4), {"scale": 0.4}),
+        (TallMask({"a": 0.2}), {"threshold": {"a": 0.2}}),
+        (ComPeft(0.1, scale=2.0), {"keep": 0.1, "scale": 2.0}),
     ],
     ids=lambda value: type(value).__name__,
 )
