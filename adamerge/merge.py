@@ -10,6 +10,7 @@ from adamerge.errors import InputError
 from adamerge.rules import Correction, ElectSign, Rule, TaskArithmetic, Transform, WeightRule, transform
 from adamerge.rules.base import check_transforms
 from adamerge.rules.combining import MergedState, in_memory
+from adamerge.scales import Scale, matching
 from adamerge.task_vectors import TaskVectors
 
 #: What a list of rules may hold.
@@ -18,7 +19,10 @@ Step = Transform | Rule[Any] | Correction[Any]
 
 @torch.no_grad()
 def merge(
-    task_vectors: TaskVectors, rules: Sequence[Step] = (TaskArithmetic(),), scale: float = 1.0
+    task_vectors: TaskVectors,
+    rules: Sequence[Step] = (TaskArithmetic(),),
+    scale: Scale = 1.0,
+    exclude: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Merge experts into one state dict: θ = θ₀ + scale · combine(τ₁ … τ_K).
 
@@ -31,20 +35,36 @@ def merge(
             outcome, all of `adamerge.rules`. Where no rule combines, the sum is taken (`TaskArithmetic`).
             `[Trim(0.2), ElectSign("sum")]` is TIES, `[Consensus()]` is Consensus task arithmetic.
         scale: factor on the combined task vector; 1 for `Mean` and `LearnedCoefficients`, 0.3 is usual for
-            `TaskArithmetic`.
+            `TaskArithmetic`. A list is a gradient over the blocks, `{"mlp": 0.5, ".*": [0.2, 0.4]}` is one by patterns
+            of names (`adamerge.scales.per_tensor`).
+        exclude: patterns of names: tensors that stay the base's, and that no rule counts.
 
     Raises:
-        InputError: for no rule or several, and for stages that make no sense in this order.
+        InputError: for no rule or several, for stages that make no sense in this order, and for a pattern that matches
+            no tensor.
     """
-    return in_memory(plan(task_vectors, rules, scale), task_vectors.tied)
+    return in_memory(plan(task_vectors, rules, scale, exclude), task_vectors.tied)
 
 
 @torch.no_grad()
-def plan(task_vectors: TaskVectors, rules: Sequence[Step] = (TaskArithmetic(),), scale: float = 1.0) -> MergedState:
-    """As `merge`, but each tensor is computed when it is asked for; passes over all tensors are made here."""
+def plan(
+    task_vectors: TaskVectors,
+    rules: Sequence[Step] = (TaskArithmetic(),),
+    scale: Scale = 1.0,
+    exclude: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> MergedState:
+    """As `merge`, but each tensor is computed when it is asked for; passes over all tensors are made here.
+
+    `dtype` is that of the merged floats, the base's by default.
+    """
     transforms, rule, corrections = stages(rules)
     rule.check(task_vectors.tasks)
-    return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale)
+    if exclude:
+        task_vectors = task_vectors.without(
+            name for pattern in exclude for name in matching(pattern, task_vectors.base)
+        )
+    return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale, dtype)
 
 
 def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Correction[Any]]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import repeat
@@ -65,10 +65,13 @@ class TaskVectors:
         `prefix` keeps the tensors under one submodule of every file (see `adamerge.checkpoints.open_state`).
         `load()` reads everything into memory.
         """
-        states = {task: open_state(where, prefix) for task, where in experts.items()}
-        base_state = open_state(base, prefix)
-        tied = _check(base_state, states)
-        return cls(base_state, _Differences(base_state, states, tied), tuple(experts), tied)
+        return cls.over(open_state(base, prefix), {task: open_state(where, prefix) for task, where in experts.items()})
+
+    @classmethod
+    def over(cls, base: State, experts: Mapping[str, State]) -> "TaskVectors":
+        """As `open`, over states that are lazy: a tensor, or rows of one, are read when they are asked for."""
+        tied = _check(base, experts)
+        return cls(base, _Differences(base, experts, tied), tuple(experts), tied)
 
     def load(self) -> "TaskVectors":
         """Read base and deltas into memory, tensor by tensor; checks that they are finite and fingerprints them."""
@@ -103,6 +106,14 @@ class TaskVectors:
         if isinstance(self.deltas, _Differences | _Changed):
             return self._replaced(base, _Changed(self.deltas, change, elementwise and self.elementwise))
         return self._replaced(base, {name: _compact(change(name, delta)) for name, delta in self.deltas.items()})
+
+    def without(self, names: Iterable[str]) -> "TaskVectors":
+        """Task vectors that have no delta for these tensors: merged, they stay the base's, and no rule counts them."""
+        left = frozenset(self.deltas) - frozenset(names)
+        deltas = self.deltas
+        if isinstance(deltas, _Differences | _Changed):
+            return self._replaced(self.base, deltas.only(left))
+        return self._replaced(self.base, {name: deltas[name] for name in deltas if name in left})
 
     @property
     def elementwise(self) -> bool:
@@ -172,10 +183,17 @@ class TaskVectors:
 class _Differences(Mapping[str, Tensor]):
     """Deltas computed when asked for, from states that may be lazy."""
 
-    def __init__(self, base: State, experts: Mapping[str, State], tied: Mapping[str, str]) -> None:
+    def __init__(
+        self, base: State, experts: Mapping[str, State], tied: Mapping[str, str], names: Iterable[str] | None = None
+    ) -> None:
         self.base, self.experts, self.tied = base, experts, tied
-        self.names = [n for n in base if n not in tied and meta(base, n).is_floating_point()]
+        floats = (n for n in base if n not in tied and meta(base, n).is_floating_point())
+        self.names = list(floats if names is None else names)
         self._known = frozenset(self.names)
+
+    def only(self, names: Collection[str]) -> "_Differences":
+        """The same for fewer tensors."""
+        return _Differences(self.base, self.experts, self.tied, (name for name in self.names if name in names))
 
     def read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of one tensor, checked to be finite."""
@@ -224,6 +242,10 @@ class _Changed(Mapping[str, AnyDeltas]):
         self, source: "_Differences | _Changed", change: Callable[[str, AnyDeltas], AnyDeltas], elementwise: bool
     ) -> None:
         self.source, self.change, self.elementwise = source, change, elementwise
+
+    def only(self, names: Collection[str]) -> "_Changed":
+        """The same for fewer tensors."""
+        return _Changed(self.source.only(names), self.change, self.elementwise)
 
     def rows(self, name: str, rows: slice) -> AnyDeltas:
         """Some rows of one tensor, if the change is elementwise."""

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import meta
+from adamerge.checkpoints import meta, rows_of
 from adamerge.deltas import dense
 from adamerge.kinds import kind
 from adamerge.rules.base import Changes, Correction, Rule, Stack, Transform
 from adamerge.rules.linear import Mean
+from adamerge.scales import Scale, per_tensor
 from adamerge.task_vectors import TaskVectors, pieces
 
 
@@ -18,7 +19,7 @@ class MergedState(Mapping[str, Tensor]):
     """The merged state dict, computed when it is asked for; the passes that the rules need are made at once.
 
     θ = θ₀ + scale · correct(combine(τ₁ … τ_K)). Running statistics are averaged, constants come from the base, tied
-    tensors are merged once.
+    tensors are merged once, and what has no delta stays the base's. In the base's dtype, or in another `dtype`.
     """
 
     def __init__(
@@ -27,12 +28,14 @@ class MergedState(Mapping[str, Tensor]):
         transformed: TaskVectors,
         rule: Rule[Any],
         corrections: Sequence[Correction[Any]] = (),
-        scale: float = 1.0,
+        scale: Scale = 1.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         rule.check(original.tasks)
+        self._scale = per_tensor(scale, original.deltas)
         if isinstance(rule, Transform):
             transformed = rule(transformed)
-        self.original, self.transformed, self.rule, self.scale = original, transformed, rule, scale
+        self.original, self.transformed, self.rule, self.dtype = original, transformed, rule, dtype
         self._statistics = rule.fit(transformed)
         self._elementwise = rule.elementwise and all(correction.elementwise for correction in corrections)
         self._corrections: list[tuple[Correction[Any], Any]] = []
@@ -55,22 +58,29 @@ class MergedState(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor as consecutive rows, in the base's dtype: never more than a piece of it in memory."""
+        """The merged tensor as consecutive rows, as `meta` says: never more than a piece of it in memory."""
         name = self.original.tied.get(name, name)
-        like = meta(self.original.base, name)
-        of_kind = kind(name, like)
-        if of_kind == "constant":
-            yield self.original.base[name].clone()
+        dtype = self.meta(name).dtype
+        if name not in self.original.deltas:
+            for rows in pieces(self.meta(name).shape):
+                base = self.original.base
+                yield (base[name] if rows is None else rows_of(base, name, rows)).to(dtype, copy=True)
             return
         for rows in self._pieces(name):
             stack = _stack(self.transformed, name, rows)
-            if of_kind == "statistics" and not self.rule.keeps_statistics:
+            if kind(name, stack.base) == "statistics" and not self.rule.keeps_statistics:
                 merged = Mean().merged(stack, None, 1.0)
             elif self._corrections:
-                merged = stack.base + self.scale * self._corrected(stack, rows)[1]
+                merged = stack.base + self._scale[name] * self._corrected(stack, rows)[1]
             else:
-                merged = self.rule.merged(stack, self._statistics, self.scale)
-            yield merged.to(like.dtype)
+                merged = self.rule.merged(stack, self._statistics, self._scale[name])
+            yield merged.to(dtype)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor of the merged one's shape and dtype, without data."""
+        like = meta(self.original.base, name)
+        dtype = self.dtype if self.dtype is not None and like.is_floating_point() else like.dtype
+        return torch.empty(like.shape, dtype=dtype, device="meta")
 
     @torch.no_grad()
     def _changes(self) -> Iterator[tuple[Stack, Tensor]]:
