@@ -1,0 +1,55 @@
+"""Which entries of a task vector a mergekit file keeps: one mask [*shape] for each of its ways to drop entries."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adamerge.rules.dare import della_chances
+
+
+def rescaled(delta: Tensor, mask: Tensor) -> Tensor:
+    """The masked entries, scaled so that their magnitudes have the sum that all entries had."""
+    masked = delta * mask
+    before, after = delta.abs().sum(), masked.abs().sum()
+    return masked * (before / after) if after > 0 else masked
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """A mask of exactly `count` largest entries; of equal ones, those that come first."""
+    flat = values.flatten()
+    if count <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    least = flat.kthvalue(flat.numel() - count + 1).values
+    above, equal = flat > least, flat == least
+    return (above | (equal & (equal.cumsum(0) <= count - above.sum()))).view(values.shape)
+
+
+def _kept(delta: Tensor, density: float) -> int:
+    """How many entries a density leaves: at least one, unless it is 0."""
+    return max(int(density * delta.numel()), int(density > 0))
+
+
+def magnitude(delta: Tensor, own: Mapping[str, float], draw: torch.Generator) -> Tensor:
+    """The largest entries, as many as the density says."""
+    return largest(delta.abs(), _kept(delta, own["density"]))
+
+
+def random(delta: Tensor, own: Mapping[str, float], draw: torch.Generator) -> Tensor:
+    """Drawn with the chance `density`."""
+    return torch.rand(delta.shape, generator=draw).to(delta.device) < own["density"]
+
+
+def outliers(delta: Tensor, own: Mapping[str, float], draw: torch.Generator) -> Tensor:
+    """All but the largest `gamma` of the entries, and of these the largest until `density` of all are kept."""
+    count, kept = delta.numel(), _kept(delta, own["density"])
+    top = min(int(own["gamma"] * count), count - kept)
+    return largest(delta.abs(), kept + top) & ~largest(delta.abs(), top)
+
+
+def ranked(delta: Tensor, own: Mapping[str, float], draw: torch.Generator) -> Tensor:
+    """Drawn with density − ε for the smallest entry of a row to density + ε for the largest, evenly by rank."""
+    if own["density"] <= 0:
+        return torch.zeros_like(delta, dtype=torch.bool)
+    chances = della_chances(delta, 1 - own["density"], 2 * own["epsilon"])
+    return torch.rand(delta.shape, generator=draw).to(delta.device) < chances

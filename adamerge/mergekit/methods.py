@@ -1,0 +1,259 @@
+"""The merge methods of a mergekit file: what each takes, and the weights that it gives.
+
+Numbers are those of mergekit, whose users expect them: rescaling keeps the L1 norm of a tensor, TIES trims tensor by
+tensor, `della` normalises. Where a result differs by design, `Method.notes` says so.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import InputError
+from adamerge.mergekit import masks
+from adamerge.rules.base import Stack, WeightRule
+from adamerge.rules.random import generator
+from adamerge.rules.sce import Sce
+from adamerge.rules.sphere import Grain, karcher, nuslerp, slerp
+from adamerge.rules.stock import model_stock
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The parameters of one output tensor as numbers; those that are true or false are 1 or 0.
+
+    Attributes:
+        models: the K' ≤ K models that take part in this tensor, in the order of the stack's first axis.
+        shared: by name, for the merge of the tensor.
+        own: by name, for each of the models.
+        based: whether the stack's base is the base model of the file; if not, it is the first of the models.
+        seed: of random masks.
+    """
+
+    models: tuple[str, ...]
+    shared: Mapping[str, float]
+    own: tuple[Mapping[str, float], ...]
+    based: bool = True
+    seed: int = 0
+
+    def column(self, parameter: str, stack: Stack) -> Tensor:
+        """One parameter of all models, [K', 1, ..., 1]."""
+        values = stack.deltas.new_tensor([own[parameter] for own in self.own])
+        return values.view(-1, *[1] * stack.base.dim())
+
+
+Combine = Callable[[Stack, Resolved], Tensor]
+Mask = Callable[[Tensor, Mapping[str, float], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One merge method.
+
+    Attributes:
+        combine: a stack and the parameters of its tensor to the merged weights, [*shape].
+        shared: parameters of the merge with their defaults; None where one must be given.
+        own: parameters of each model, likewise.
+        base: whether the file must name a base model, may, or the method has no use for one.
+        models: the least and the greatest number of models besides the base.
+        elects: whether entries elect a sign.
+        notes: where the result differs from mergekit's.
+    """
+
+    combine: Combine
+    shared: Mapping[str, float | None] = field(default_factory=dict)
+    own: Mapping[str, float | None] = field(default_factory=dict)
+    base: Literal["needed", "possible", "unused"] = "needed"
+    models: tuple[int, float] = (0, math.inf)
+    elects: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Mergekit(WeightRule[None]):
+    """Merges every tensor by one of mergekit's methods, with parameters of its own.
+
+    Args:
+        method: a name out of `METHODS`.
+        parameters: of every floating tensor, by its name.
+    """
+
+    def __init__(self, method: str, parameters: Mapping[str, Resolved]) -> None:
+        self.method, self.parameters = METHODS[method], parameters
+
+    def weights(self, stack: Stack, statistics: None) -> Tensor:
+        resolved = self.parameters[stack.name]
+        if not resolved.models:
+            return stack.base
+        part = Stack(stack.name, stack.base, stack.deltas[: len(resolved.models)], resolved.models)
+        return self.method.combine(part, resolved)
+
+
+def check(method: str, name: str, resolved: Resolved) -> None:
+    """Raise InputError for numbers that a method cannot take for the tensor `name`."""
+    for model, own in zip(resolved.models, resolved.own, strict=True):
+        density, epsilon = own.get("density", 1.0), own.get("epsilon", 0.0)
+        if density < 0:
+            raise InputError(f"{model}, {name}: expected density >= 0, got {density:g}")
+        if 0 < density < 1 and not 0 <= epsilon < min(density, 1 - density):
+            raise InputError(f"{model}, {name}: expected 0 < density ± epsilon < 1, got {density:g} ± {epsilon:g}")
+        if not 0 <= own.get("gamma", 0.0) < 1:
+            raise InputError(f"{model}, {name}: expected 0 <= gamma < 1, got {own['gamma']:g}")
+    total = sum(own.get("weight", 1.0) for own in resolved.own)
+    if method == "linear" and resolved.shared["normalize"] and resolved.models and abs(total) < 1e-8:
+        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `normalize: false`")
+
+
+# -- weighted sums of task vectors -------------------------------------------------------------------------------------
+
+
+def combined(deltas: Tensor, weight: Tensor, elect: bool, normalize: bool) -> Tensor:
+    """Σₖ wₖτₖ, over the models whose wₖτₖ has the sign of the sum where signs are elected; divided by their weights.
+
+    A sum of zero elects +. Elected entries are divided by Σ|wₖ|: dividing by Σwₖ would undo the sign of entries that
+    models with negative weights alone have kept.
+
+    Args:
+        deltas: [K, *shape].
+        weight: [K, 1, ..., 1].
+        elect: whether signs are elected, as in TIES (arXiv:2306.01708).
+        normalize: whether to divide.
+    """
+    weighted = deltas * weight
+    share = weight.sum(0)
+    if elect:
+        sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+        kept = weighted.sign() == sign
+        weighted, share = weighted * kept, (weight.abs() * kept).sum(0)
+    total = weighted.sum(0)
+    return total / torch.where(share.abs() < 1e-8, 1, share) if normalize else total
+
+
+def _task_vectors(
+    mask: Mask | None = None,
+    elect: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
+    notes: Sequence[str] = (),
+    **own: float,
+) -> Method:
+    """Weighted sums of task vectors, of which a mask may keep a part."""
+
+    def combine(stack: Stack, resolved: Resolved) -> Tensor:
+        deltas = stack.deltas
+        if mask is not None:
+            parts = []
+            for delta, model, numbers in zip(deltas, resolved.models, resolved.own, strict=True):
+                if numbers["density"] < 1:
+                    drawn = mask(delta, numbers, generator(resolved.seed, model, stack.name))
+                    delta = masks.rescaled(delta, drawn) if resolved.shared["rescale"] else delta * drawn
+                parts.append(delta)
+            deltas = torch.stack(parts)
+        change = combined(deltas, resolved.column("weight", stack), elect, bool(resolved.shared["normalize"]))
+        return stack.base + resolved.shared["lambda"] * change
+
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
+    per_model = {"weight": None, **({"density": 1.0} if mask is not None else {}), **own}
+    return Method(combine, shared, per_model, elects=elect, notes=tuple(notes))
+
+
+# -- the other methods -------------------------------------------------------------------------------------------------
+
+
+def _linear(stack: Stack, resolved: Resolved) -> Tensor:
+    weight = resolved.column("weight", stack)
+    if resolved.shared["normalize"]:
+        return stack.base + (weight / weight.sum(0) * stack.deltas).sum(0)
+    return (weight * stack.experts).sum(0)
+
+
+def _passthrough(stack: Stack, resolved: Resolved) -> Tensor:
+    return resolved.own[0]["scale"] * stack.experts[0]
+
+
+def _slerp(stack: Stack, resolved: Resolved) -> Tensor:
+    return slerp(stack.base, stack.experts[0], resolved.shared["t"])
+
+
+def _nuslerp(stack: Stack, resolved: Resolved) -> Tensor:
+    first, second = (own["weight"] for own in resolved.own)
+    t = second / (first + second) if abs(first + second) >= 1e-6 else 0.5
+    # mergekit's `row_wise` turns the vectors that lie along the first axis: columns.
+    vectors: Grain = "column" if resolved.shared["nuslerp_row_wise"] else "row"
+    per: Grain = "tensor" if resolved.shared["nuslerp_flatten"] else vectors
+    if resolved.based:
+        return stack.base + nuslerp(stack.deltas[0], stack.deltas[1], t, per)
+    start, end = stack.experts
+    return nuslerp(start, end, t, per)
+
+
+def _karcher(stack: Stack, resolved: Resolved) -> Tensor:
+    return karcher(stack.experts, int(resolved.shared["max_iter"]), resolved.shared["tol"], stack.name)
+
+
+def _model_stock(stack: Stack, resolved: Resolved) -> Tensor:
+    return stack.base + model_stock(stack.deltas, "row" if resolved.shared["filter_wise"] else "tensor")
+
+
+def _sce(stack: Stack, resolved: Resolved) -> Tensor:
+    keep = min(resolved.shared["select_topk"], 1.0)
+    return stack.base + Sce(keep).combine(stack, None) if keep > 0 else stack.base
+
+
+_KEYED = (
+    "random masks are drawn for (seed, model, tensor): mergekit's depend on the order in which tensors are read, so "
+    "other entries are dropped"
+)
+_FEW = "a model keeps at least one entry of every tensor: mergekit stops where density · entries is below 1"
+#: For methods that elect signs and divide by negative weights.
+NEGATIVE = (
+    "negative weights count by their magnitude in the divisor: mergekit divides by their sum, which undoes the sign of "
+    "entries that they alone have kept"
+)
+_COLUMN = "the only entry of a row is kept with the chance `density`: mergekit makes NaN of tensors with one column"
+_SMALL = "of a tensor with fewer than 1/gamma entries nothing is an outlier: mergekit drops its whole change"
+_ZERO = "tensors that are zero in one of the models are interpolated on a line: mergekit takes them for perpendicular"
+
+METHODS: Mapping[str, Method] = {
+    "linear": Method(_linear, {"normalize": True}, {"weight": None}, "unused", (1, math.inf)),
+    "task_arithmetic": _task_vectors(),
+    "ties": _task_vectors(masks.magnitude, elect=True, normalize=True, notes=[_FEW]),
+    "dare_linear": _task_vectors(masks.random, rescale=True, notes=[_KEYED]),
+    "dare_ties": _task_vectors(masks.random, elect=True, rescale=True, notes=[_KEYED]),
+    "della": _task_vectors(
+        masks.ranked, elect=True, normalize=True, rescale=True, epsilon=0.15, notes=[_KEYED, _COLUMN]
+    ),
+    "della_linear": _task_vectors(masks.ranked, rescale=True, epsilon=0.15, notes=[_KEYED, _COLUMN]),
+    "breadcrumbs": _task_vectors(masks.outliers, gamma=0.01, notes=[_SMALL]),
+    "breadcrumbs_ties": _task_vectors(masks.outliers, elect=True, gamma=0.01, notes=[_SMALL]),
+    "slerp": Method(_slerp, {"t": None}, models=(1, 1), notes=(_ZERO,)),
+    "nuslerp": Method(
+        _nuslerp,
+        {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+        {"weight": None},
+        "possible",
+        (2, 2),
+        notes=(_ZERO,),
+    ),
+    "model_stock": Method(
+        _model_stock,
+        {"filter_wise": False},
+        models=(2, math.inf),
+        notes=(
+            "the merge lies between the base and the mean of the models, and small task vectors have exact cosines: "
+            "mergekit leaves that line where cosines are negative, and divides by no less than 1e-6",
+        ),
+    ),
+    "karcher": Method(_karcher, {"max_iter": 10, "tol": 1e-5}, {}, "unused", (1, math.inf)),
+    "sce": Method(
+        _sce,
+        {"select_topk": 1.0},
+        notes=(
+            "models weigh by their energy however small it is: mergekit weighs them equally where mean squares sum to "
+            "less than 1e-6",
+        ),
+    ),
+    "passthrough": Method(_passthrough, {}, {"scale": 1.0}, "unused", (1, 1)),
+}

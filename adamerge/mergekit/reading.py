@@ -1,0 +1,126 @@
+"""From a mergekit file to a job: opens the models, resolves every parameter, settles config and tokenizer."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
+from adamerge.errors import InputError
+from adamerge.mergekit.companions import changes, tokenizer
+from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved, check
+from adamerge.mergekit.parsing import parse
+from adamerge.mergekit.settings import Settings, Source
+from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
+from adamerge.recipes import Job
+from adamerge.task_vectors import BASE, State, TaskVectors
+
+#: Computed anew by every model that has it, and left out of most files.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def read(path: str | Path, seed: int = 0) -> Job:
+    """The job that a mergekit file describes; headers of the models are read, weights are not.
+
+    Args:
+        path: the YAML file; models in it are folders, relative to the working directory, or Hub ids.
+        seed: of the random masks of `dare_*` and `della*`.
+
+    Raises:
+        InputError: for what the file or its models do not allow, before any weight is read.
+    """
+    settings = parse(path)
+    parts = [(part.base, *(source.model for source in part.sources)) for part in settings.slices]
+    files = {model: _locate(model) for model in dict.fromkeys(sum(parts, ())) if model is not None}
+    states = {model: _open(where) for model, where in files.items()}
+    slices = settings.slices[0].sources[0].layers is not None
+    outputs = stacked(settings, states) if slices else whole(settings, states)
+    task_vectors = _task_vectors(outputs, states)
+    resolved = {
+        output.name: _resolve(settings, output, seed)
+        for output in outputs
+        if meta(states[output.cast.base.model], output.base).is_floating_point()
+    }
+    home = settings.slices[0].base or settings.slices[0].sources[0].model
+    companions, said = tokenizer(settings.tokenizer, home, files, _locate)
+    notes = settings.notes + settings.how.notes + said
+    divided = [numbers.own for numbers in resolved.values() if settings.how.elects and numbers.shared["normalize"]]
+    if any(own["weight"] < 0 for models in divided for own in models):
+        notes += (NEGATIVE,)
+    return Job(
+        task_vectors=task_vectors,
+        rules=(Mergekit(settings.method, resolved),),
+        dtype=settings.dtype,
+        sources=files,
+        copy_from=companions if companions.is_dir() else None,
+        config=changes(layers(settings) if slices else None, home, files, companions),
+        recipe=settings.file,
+        notes=notes,
+    )
+
+
+def _locate(model: str) -> Path:
+    """Where a model is; a Hub id is downloaded."""
+    path = Path(model)
+    if path.exists():
+        return path
+    if model.count("/") != 1 or model.startswith((".", "~", "/")):
+        raise InputError(f"no such model: {model}; expected a folder, a file of weights or a Hub id")
+    return hub_folder(model)
+
+
+def _open(where: Path) -> State:
+    state = open_state(where)
+    kept = {name: name for name in state if not _DERIVED.search(name)}
+    return state if len(kept) == len(state) else Renamed(state, kept)
+
+
+def _task_vectors(outputs: list[Output], states: Mapping[str, State]) -> TaskVectors:
+    """One expert for each source of a slice, called after the models that it stands for.
+
+    Where a slice has fewer sources than another, the base fills in: its task vectors are zero.
+    """
+    tasks: list[str] = []
+    for k in range(max(1, *(len(output.experts) for output in outputs))):
+        models = [([*output.cast.experts, *[output.cast.base] * (k + 1)][k]).model for output in outputs]
+        task = ", ".join(dict.fromkeys(models))
+        tasks.append(f"{task} ({k + 1})" if task in (*tasks, BASE) else task)
+    who = outputs[0].cast
+    if who.base.layers is None:
+        experts = [states[source.model] for source in who.experts or [who.base]]
+        return TaskVectors.over(states[who.base.model], dict(zip(tasks, experts, strict=True)))
+    parts: list[dict[str, tuple[State, str]]] = [{} for _ in (BASE, *tasks)]
+    for output in outputs:
+        base = (states[output.cast.base.model], output.base)
+        own = [(states[s.model], n) for s, n in zip(output.cast.experts, output.experts, strict=True)]
+        for part, where in zip(parts, [base, *own] + [base] * (len(tasks) - len(own)), strict=True):
+            part[output.name] = where
+    assembled = [Assembled(part) for part in parts]
+    return TaskVectors.over(assembled[0], dict(zip(tasks, assembled[1:], strict=True)))
+
+
+def _resolve(settings: Settings, output: Output, seed: int) -> Resolved:
+    """The parameters of one tensor; raises InputError where one that must be given is not, or cannot be taken."""
+    how, experts = settings.how, output.cast.experts
+
+    def number(parameter: str, default: float | None, name: str, source: Source | None) -> float:
+        value = settings.value(parameter, name, output.t, output.slice, source)
+        if value is None and default is None and experts:
+            whose = f"{source.model} has" if source else f"{settings.method} has"
+            raise InputError(
+                f"{whose} no `{parameter}` for {name}: give one in `parameters`; of several conditions, the last needs "
+                "no filter"
+            )
+        return float(default or 0) if value is None else value
+
+    resolved = Resolved(
+        models=tuple(source.model for source in experts),
+        shared={p: number(p, default, output.name, None) for p, default in how.shared.items()},
+        own=tuple(
+            {p: number(p, default, name, source) for p, default in how.own.items()}
+            for source, name in zip(experts, output.experts, strict=True)
+        ),
+        based=output.cast.based,
+        seed=seed,
+    )
+    check(settings.method, output.name, resolved)
+    return resolved

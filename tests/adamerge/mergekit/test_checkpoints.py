@@ -1,0 +1,212 @@
+"""Files as mergekit's users write them, run on tiny checkpoints in the Hub's format: transformers generates from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from adamerge.checkpoints import open_state
+from adamerge.merge import plan
+from adamerge.mergekit import read
+from adamerge.recipes import Job
+
+WORDS = ("<unk>", "</s>", *(f"word{i}" for i in range(22)))
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "eos_token_id": 1,
+    "bos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, tie_word_embeddings=False, sliding_window=None),
+}
+
+GRADIENT_SLERP = """
+slices:
+  - sources:
+      - model: org/base
+        layer_range: [0, 4]
+      - model: org/one
+        layer_range: [0, 4]
+merge_method: slerp
+base_model: org/base
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: bfloat16
+"""
+TIES = """
+models:
+  - model: org/one
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: org/two
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: org/three
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: org/base
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+"""
+DARE_TIES = """
+models:
+  - model: org/base
+    # no parameters necessary for base model
+  - model: org/one
+    parameters:
+      density: 0.53
+      weight: [0.4, 0.3]
+  - model: org/two
+    parameters:
+      density:
+        - filter: self_attn
+          value: [0.2, 0.8]
+        - filter: mlp
+          value: 0.6
+        - value: 0.4
+      weight: 0.3
+merge_method: dare_ties
+base_model: org/base
+parameters:
+  int8_mask: true
+dtype: bfloat16
+tokenizer_source: union
+"""
+FRANKENMERGE = """
+slices:
+  - sources:
+    - model: org/one
+      layer_range: [0, 3]
+  - sources:
+    - model: org/two
+      layer_range: [1, 4]
+merge_method: passthrough
+dtype: bfloat16
+"""
+LINEAR = """
+models:
+  - model: org/one
+    parameters:
+      weight: 1.0
+  - model: org/two
+    parameters:
+      weight: 0.3
+  - model: org/three
+    parameters:
+      weight: 0.5
+merge_method: linear
+dtype: float32
+tokenizer_source: base
+base_model: org/base
+"""
+FILES = {"slerp": GRADIENT_SLERP, "ties": TIES, "dare_ties": DARE_TIES, "passthrough": FRANKENMERGE, "linear": LINEAR}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def hub(request, tmp_path_factory) -> Path:
+    """A folder with checkpoints org/base, org/one, org/two and org/three of one family, each with a tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[request.param])
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    words = Tokenizer(WordLevel({word: row for row, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    for name in ("base", "one", "two", "three"):
+        if name != "base":
+            with torch.no_grad():
+                for key, value in model.named_parameters():
+                    value.copy_(base[key] + 0.02 * torch.randn(value.shape))
+        model.bfloat16().save_pretrained(folder / "org" / name)
+        model.float()
+        tokenizer.save_pretrained(folder / "org" / name)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    state = open_state(folder)
+    return {name: state[name].float() for name in state}
+
+
+def write(job: Job, folder: Path) -> None:
+    assert job.copy_from is not None
+    shutil.copytree(job.copy_from, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text()) | dict(job.config) | {"dtype": str(job.dtype)[6:]}
+    (folder / "config.json").write_text(json.dumps(config))
+    merged = plan(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
+    save_file({name: merged[name] for name in merged}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", sorted(FILES))
+def test_transformers_generates_from_the_merge(hub, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(hub)
+    (tmp_path / "merge.yml").write_text(FILES[kind])
+    job = read(tmp_path / "merge.yml")
+    write(job, tmp_path / "merged")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    assert model.config.num_hidden_layers == len(model.model.layers) == (6 if kind == "passthrough" else 4)
+    prompt = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")("word1 word2", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        assert bool(model(prompt).logits.isfinite().all())
+        assert model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=1).shape[1] > prompt.shape[1]
+
+
+def test_gradients_and_filters_reach_the_tensors_they_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(hub)
+    (tmp_path / "merge.yml").write_text(GRADIENT_SLERP)
+    job = read(tmp_path / "merge.yml")
+    merged = plan(job.task_vectors, job.rules, dtype=torch.float32)
+    base, one = tensors(hub / "org" / "base"), tensors(hub / "org" / "one")
+    first, last = "model.layers.0.", "model.layers.3."
+    for name, value in merged.items():
+        if (name.startswith(first) and "self_attn" in name) or (name.startswith(last) and "mlp" in name):  # t = 0
+            assert_close(value, base[name])
+        elif (name.startswith(last) and "self_attn" in name) or (name.startswith(first) and "mlp" in name):  # t = 1
+            assert_close(value, one[name])
+
+
+def test_a_weight_of_zero_leaves_a_model_out(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(hub)
+    start, stop = TIES.index("  - model: org/three"), TIES.index("merge_method")
+    merged = []
+    for text in (TIES, TIES[:start] + TIES[stop:]):
+        (tmp_path / "merge.yml").write_text(text)
+        job = read(tmp_path / "merge.yml")
+        merged.append(dict(plan(job.task_vectors, job.rules)))
+    assert {name for name in merged[0] if not torch.equal(merged[0][name], merged[1][name])} == {
+        name for name in merged[0] if "mlp" in name
+    }
