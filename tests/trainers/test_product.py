@@ -9,7 +9,7 @@ from tiny_suite import TinySuite
 
 from adamerge import InputError
 from adamerge.deltas import dense
-from adamerge.rules import ElectSign, Prune, Rebase, Trim, TruncatedSVD
+from adamerge.rules import ComPeft, ElectSign, Emr, Merged, Prune, Rebase, Trim, TruncatedSVD
 from modules import (
     BlockRouter,
     Coefficients,
@@ -34,6 +34,9 @@ TRANSFORMS = {
     "svd": lambda: [TruncatedSVD(0.25)],
     "prune": lambda: [Prune(0.5)],
     "rebase, svd": lambda: [Rebase(), TruncatedSVD(0.25)],
+    "merged": lambda: [Merged([Trim(0.5), ElectSign()])],
+    "emr": lambda: [Emr()],
+    "signs": lambda: [ComPeft(0.5)],
 }
 COEFFICIENTS = {
     "tensor": lambda: Coefficients("tensor"),
