@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints import meta
-from adamerge.deltas import AnyDeltas
+from adamerge.deltas import AnyDeltas, Sparse
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.task_vectors import TaskVectors, pieces
@@ -190,6 +190,14 @@ class PerTensor(Transform, Generic[Statistics]):
             return self.tensor(name, deltas, statistics) if parameter and bool(deltas.any()) else deltas
 
         return task_vectors.changed(change, elementwise=self.elementwise)
+
+
+def each_expert(deltas: AnyDeltas, change: Callable[[int, Tensor], Tensor]) -> AnyDeltas:
+    """`change(k, τₖ)` in the place of every τₖ [*shape], one after the other; sparse deltas stay sparse."""
+    changed = torch.empty(deltas.shape, dtype=deltas.dtype, device=deltas.device)
+    for k, delta in enumerate(deltas):
+        changed[k] = change(k, delta)
+    return Sparse.from_dense(changed) if isinstance(deltas, Sparse) else changed
 
 
 def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) -> Iterator[tuple[str, AnyDeltas]]:

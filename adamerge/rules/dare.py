@@ -5,11 +5,11 @@ import re
 import torch
 from torch import Tensor
 
-from adamerge.deltas import AnyDeltas, Sparse
+from adamerge.deltas import AnyDeltas
 from adamerge.errors import InputError
-from adamerge.rules.base import PerTensor
+from adamerge.rules.base import PerTensor, each_expert
 from adamerge.rules.random import generator
-from adamerge.task_vectors import TaskVectors
+from adamerge.task_vectors import TaskVectors, pieces
 
 
 class RandomDrop(PerTensor[tuple[str, ...]]):
@@ -49,10 +49,13 @@ class Dare(RandomDrop):
     def tensor(self, name: str, deltas: AnyDeltas, statistics: tuple[str, ...]) -> AnyDeltas:
         if self.only is not None and not re.search(self.only, name):
             return deltas
-        shape, rescaled = deltas.shape[1:], self.drop if self.rescale else 0.0
-        masks = (self.draw(shape, task, name) >= self.drop for task in statistics)
-        kept = [dare(delta, mask.to(delta.device), rescaled) for delta, mask in zip(deltas, masks, strict=True)]
-        return Sparse.from_dense(torch.stack(kept)) if isinstance(deltas, Sparse) else torch.stack(kept)
+        rescaled = self.drop if self.rescale else 0.0
+
+        def masked(k: int, delta: Tensor) -> Tensor:
+            keep = self.draw(delta.shape, statistics[k], name) >= self.drop
+            return dare(delta, keep.to(delta.device), rescaled)
+
+        return each_expert(deltas, masked)
 
 
 class Della(RandomDrop):
@@ -64,7 +67,7 @@ class Della(RandomDrop):
 
     Args:
         drop: p, the mean chance to be dropped.
-        window: w, from the largest to the smallest chance; 0 < p ± w/2 < 1 (0 ≤ p with a window of 0).
+        window: w, from the largest to the smallest chance; 0 ≤ p − w/2 and p + w/2 < 1.
         seed: of the masks.
         rescale: divide by qᵢ.
     """
@@ -77,12 +80,18 @@ class Della(RandomDrop):
         self.drop, self.window, self.seed, self.rescale = drop, window, seed, rescale
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: tuple[str, ...]) -> AnyDeltas:
-        kept = []
-        for task, delta in zip(statistics, deltas, strict=True):
-            chances = della_chances(delta, self.drop, self.window)
-            mask = self.draw(delta.shape, task, name).to(delta.device) < chances
-            kept.append(torch.where(mask, delta / chances.to(delta.dtype) if self.rescale else delta, 0))
-        return Sparse.from_dense(torch.stack(kept)) if isinstance(deltas, Sparse) else torch.stack(kept)
+        def masked(k: int, delta: Tensor) -> Tensor:
+            drawn = self.draw(delta.shape, statistics[k], name).to(delta.device)
+            if delta.dim() < 2:
+                return self._masked(delta, drawn)
+            return torch.cat([self._masked(delta[rows or ...], drawn[rows or ...]) for rows in pieces(delta.shape)])
+
+        return each_expert(deltas, masked)
+
+    def _masked(self, delta: Tensor, drawn: Tensor) -> Tensor:
+        """Some rows of a tensor."""
+        chances = della_chances(delta, self.drop, self.window)
+        return torch.where(drawn < chances, delta / chances.to(delta.dtype) if self.rescale else delta, 0)
 
 
 def dare(delta: Tensor, keep: Tensor, drop: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
-from adamerge.rules.base import PerTensor
+from adamerge.rules.base import PerTensor, each_expert
 from adamerge.task_vectors import TaskVectors
 
 
@@ -68,8 +68,7 @@ class Breadcrumbs(PerTensor[None]):
         self.keep, self.outliers = keep, outliers
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: None) -> AnyDeltas:
-        kept = torch.stack([breadcrumbs(delta, self.keep, self.outliers) for delta in deltas])
-        return Sparse.from_dense(kept) if isinstance(deltas, Sparse) else kept
+        return each_expert(deltas, lambda k, delta: breadcrumbs(delta, self.keep, self.outliers))
 
 
 def breadcrumbs(delta: Tensor, keep: float, outliers: float) -> Tensor:

@@ -34,9 +34,8 @@ class Sce(Rule[None]):
 
 def select(deltas: Tensor, keep: float) -> Tensor:
     """[K, *shape] with zeros where the variance over K is not among the `keep` share of largest ones."""
-    variance = deltas.var(0, correction=0)
-    varying = int(variance.count_nonzero())
-    if not varying or keep == 1:
+    if keep == 1:
         return deltas
-    rank = variance.numel() + 1 - max(1, int(keep * varying + 1e-9))
+    variance = deltas.var(0, correction=0)
+    rank = variance.numel() + 1 - max(1, int(keep * int(variance.count_nonzero()) + 1e-9))
     return torch.where(variance >= variance.flatten().kthvalue(rank).values, deltas, 0)

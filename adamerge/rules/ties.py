@@ -75,9 +75,8 @@ class Trim(PerTensor[Tensor | None]):
 
     def _least(self, values: Tensor) -> Tensor:
         """The smallest magnitude that each expert keeps of one tensor, [K]."""
-        magnitudes = values.abs().reshape(len(values), -1)
-        size = magnitudes.shape[1]
-        return magnitudes.kthvalue(max(1, size - int(self.keep * size)), 1).values
+        rank = max(1, values[0].numel() - int(self.keep * values[0].numel()))
+        return torch.stack([value.abs().flatten().kthvalue(rank).values for value in values])
 
 
 class Majority:

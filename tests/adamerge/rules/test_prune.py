@@ -135,6 +135,8 @@ def test_a_block_that_is_too_short_has_room_for_its_share():
     after = Cabs(n=2, m=4)(vectors(values)).deltas["w"]
     # Of the last three, each may have ⌈2 · 3 / 4⌉ = 2, and the second finds one left.
     assert after.tolist() == [[0, 0, 3, 4, 0, 6, 7], [1, 2, 0, 0, 5, 0, 0]]
+    assert Cabs(n=2, m=8)(vectors(values)).deltas["w"].tolist() == [[0, 0, 0, 0, 0, 6, 7], [0, 0, 0, 4, 5, 0, 0]]
+    assert Cabs(n=2, m=16)(vectors(values)).deltas["w"].tolist() == [[0, 0, 0, 0, 0, 0, 7], [0, 0, 0, 0, 0, 6, 0]]
     assert Cabs(n=1, m=4)(vectors(torch.tensor([[3.0], [4.0]]))).deltas["w"].tolist() == [[3], [0]]
 
 
