@@ -4,6 +4,7 @@ Every tensor of `state` is an edge case of its own: a scalar, one column, few el
 """
 
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -233,11 +234,13 @@ def plus(base: State, change: State, factor: float = 1.0) -> State:
 def pool(tasks: Sequence[str] = TASKS, dtype: torch.dtype = torch.float64) -> tuple[State, dict[str, State]]:
     """A base and one expert per task near it, whose values are of that dtype."""
     base = state(0, dtype=dtype)
-    return base, {task: plus(base, state(seed, 0.1, dtype)) for seed, task in enumerate(tasks, 1)}
+    return base, {task: plus(base, state(1 + TASKS.index(task), 0.1, dtype)) for task in tasks}
 
 
-def vectors(case: Case, dtype: torch.dtype = torch.float64) -> TaskVectors:
-    return TaskVectors.from_state_dicts(*pool(case.tasks, dtype))
+@functools.cache  # Building them takes longer than merging them, and no merge changes them.
+def vectors(tasks: tuple[str, ...], dtype: torch.dtype = torch.float64) -> TaskVectors:
+    """The task vectors of `pool`."""
+    return TaskVectors.from_state_dicts(*pool(tasks, dtype))
 
 
 def parameters(values: Mapping[str, Tensor]) -> State:
@@ -274,14 +277,14 @@ def merged_or_named(tv: TaskVectors, steps: list[Any]) -> State | None:
 
 @every_case
 def test_scale_zero_is_the_base(case):
-    tv = vectors(case)
+    tv = vectors(case.tasks)
     merged = merge(tv, rules=case.steps(), scale=0.0)
     assert identical(parameters(merged), parameters(tv.base)) != case.moves_base
 
 
 @every_case
 def test_the_merge_is_linear_in_the_scale(case):
-    tv = vectors(case)
+    tv = vectors(case.tasks)
     none, half, whole = (merge(tv, rules=case.steps(case.tasks), scale=scale) for scale in (0.0, 0.5, 1.0))
     assert_near(half, {name: (none[name] + whole[name]) / 2 for name in parameters(none)})
 
@@ -290,7 +293,7 @@ def test_the_merge_is_linear_in_the_scale(case):
 def test_another_number_of_experts_is_refused(case):
     tasks = TASKS[:1] if case.experts > 1 else TASKS[:2]
     with pytest.raises(InputError, match=f"{case.rule.__name__} .*{tasks[-1]}"):
-        merge(TaskVectors.from_state_dicts(*pool(tasks)), rules=case.steps(tasks))
+        merge(vectors(tasks), rules=case.steps(tasks))
 
 
 @over([case for case in CASES if not case.experts])
@@ -360,11 +363,7 @@ def test_a_zero_base(case):
 
 @every_case
 def test_the_order_of_the_experts(case):
-    base, experts = pool(case.tasks)
-    merges = [
-        merge(TaskVectors.from_state_dicts(base, {task: experts[task] for task in order}), rules=case.steps(order))
-        for order in itertools.permutations(case.tasks)
-    ]
+    merges = [merge(vectors(order), rules=case.steps(order)) for order in itertools.permutations(case.tasks)]
     if case.ordered:
         assert not all(identical(other, merges[0]) for other in merges[1:]), "not ordered after all"
     else:
@@ -392,7 +391,7 @@ def test_dtypes(case, dtype):
 
 @every_case
 def test_a_rule_keeps_nothing_of_what_it_has_seen(case):
-    steps, tv = case.steps(case.tasks), vectors(case)
+    steps, tv = case.steps(case.tasks), vectors(case.tasks)
     other = TaskVectors.from_state_dicts(state(7), {t: state(8 + k) for k, t in enumerate(case.tasks)})
     first = merge(tv, rules=steps)
     merge(other, rules=steps)
