@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adamerge.deltas import dense
 from adamerge.errors import InputError
 from adamerge.mergekit import masks
-from adamerge.rules.base import Stack, WeightRule
+from adamerge.rules.base import Stack, WeightRule, each_expert
 from adamerge.rules.random import generator
 from adamerge.rules.sce import Sce
 from adamerge.rules.sphere import Grain, karcher, nuslerp, slerp
@@ -60,6 +61,7 @@ class Method:
         base: whether the file must name a base model, may, or the method has no use for one.
         models: the least and the greatest number of models besides the base.
         elects: whether entries elect a sign.
+        elementwise: as in `adamerge.rules.Rule`.
         notes: where the result differs from mergekit's.
     """
 
@@ -69,6 +71,7 @@ class Method:
     base: Literal["needed", "possible", "unused"] = "needed"
     models: tuple[int, float] = (0, math.inf)
     elects: bool = False
+    elementwise: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -82,6 +85,7 @@ class Mergekit(WeightRule[None]):
 
     def __init__(self, method: str, parameters: Mapping[str, Resolved]) -> None:
         self.method, self.parameters = METHODS[method], parameters
+        self.elementwise = self.method.elementwise
 
     def weights(self, stack: Stack, statistics: None) -> Tensor:
         resolved = self.parameters[stack.name]
@@ -142,21 +146,20 @@ def _task_vectors(
     """Weighted sums of task vectors, of which a mask may keep a part."""
 
     def combine(stack: Stack, resolved: Resolved) -> Tensor:
-        deltas = stack.deltas
-        if mask is not None:
-            parts = []
-            for delta, model, numbers in zip(deltas, resolved.models, resolved.own, strict=True):
-                if numbers["density"] < 1:
-                    drawn = mask(delta, numbers, generator(resolved.seed, model, stack.name))
-                    delta = masks.rescaled(delta, drawn) if resolved.shared["rescale"] else delta * drawn
-                parts.append(delta)
-            deltas = torch.stack(parts)
+        def masked(k: int, delta: Tensor) -> Tensor:
+            own = resolved.own[k]
+            if mask is None or own["density"] >= 1:
+                return delta
+            kept = mask(delta, own, generator(resolved.seed, resolved.models[k], stack.name))
+            return masks.rescaled(delta, kept) if resolved.shared["rescale"] else delta * kept
+
+        deltas = stack.deltas if mask is None else dense(each_expert(stack.deltas, masked))
         change = combined(deltas, resolved.column("weight", stack), elect, bool(resolved.shared["normalize"]))
         return stack.base + resolved.shared["lambda"] * change
 
     shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
     per_model = {"weight": None, **({"density": 1.0} if mask is not None else {}), **own}
-    return Method(combine, shared, per_model, elects=elect, notes=tuple(notes))
+    return Method(combine, shared, per_model, elects=elect, elementwise=mask is None, notes=tuple(notes))
 
 
 # -- the other methods -------------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ _SMALL = "of a tensor with fewer than 1/gamma entries nothing is an outlier: mer
 _ZERO = "tensors that are zero in one of the models are interpolated on a line: mergekit takes them for perpendicular"
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method(_linear, {"normalize": True}, {"weight": None}, "unused", (1, math.inf)),
+    "linear": Method(_linear, {"normalize": True}, {"weight": None}, "unused", (1, math.inf), elementwise=True),
     "task_arithmetic": _task_vectors(),
     "ties": _task_vectors(masks.magnitude, elect=True, normalize=True, notes=[_FEW]),
     "dare_linear": _task_vectors(masks.random, rescale=True, notes=[_KEYED]),
@@ -255,5 +258,5 @@ METHODS: Mapping[str, Method] = {
             "less than 1e-6",
         ),
     ),
-    "passthrough": Method(_passthrough, {}, {"scale": 1.0}, "unused", (1, 1)),
+    "passthrough": Method(_passthrough, {}, {"scale": 1.0}, "unused", (1, 1), elementwise=True),
 }

@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from adamerge import task_vectors
+from adamerge.merge import plan
 from adamerge.mergekit import METHODS
 from adamerge.mergekit.masks import largest
+from adamerge.mergekit.methods import combined
 from adamerge.rules.random import generator
 
 
@@ -128,6 +131,19 @@ def test_ties(models, normalize, rescale, run):
 
 def test_ties_normalises_by_default_and_does_not_rescale(models, run):
     close(run(weighted("ties")), merged_by(models, lambda d, p, *_: kept(d, p), normalize=True))
+
+
+def test_ties_keep_one_entry_at_least(models, run):
+    """mergekit stops at tensors of so few entries."""
+    text = "models: [{model: one, parameters: {weight: 1, density: 0.05}}]\nmerge_method: ties\nbase_model: zero"
+    for name, value in run(text).items():
+        assert int((value != models["zero"][name]).sum()) == 1
+    assert all(torch.equal(v, models["zero"][n]) for n, v in run(text.replace("0.05", "0")).items())
+
+
+def test_opposite_votes_elect_plus():
+    deltas, weight = torch.tensor([[-1.0], [2.0]]), torch.tensor([[1.0], [0.5]])
+    assert combined(deltas, weight, elect=True, normalize=False).tolist() == [1.0]
 
 
 def test_negative_weights_keep_their_sign_where_ties_normalises(models, run, job):
@@ -328,6 +344,17 @@ parameters: {density: 0.5}
 """
     assert all(torch.equal(alone[name], value) for name, value in run(text).items())
     assert any(not torch.equal(alone[name], value) for name, value in run(text, seed=1).items())
+
+
+@pytest.mark.parametrize("method", sorted(name for name, how in METHODS.items() if how.elementwise))
+def test_elementwise_methods_give_the_same_bits_in_pieces(models, job, monkeypatch, method):
+    rows = "[{model: one}]" if METHODS[method].models[1] == 1 else "[{model: one}, {model: two}]"
+    found = job(f"models: {rows}\nmerge_method: {method}\nbase_model: zero\nparameters: {{weight: 0.3, scale: 0.7}}")
+    whole = dict(plan(found.task_vectors, found.rules))
+    monkeypatch.setattr(task_vectors, "PIECE", 4)
+    state = plan(found.task_vectors, found.rules)
+    assert all(len(list(state.parts(name))) > 1 for name, value in whole.items() if value.dim() > 1)
+    assert all(torch.equal(state[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("count", range(8))
