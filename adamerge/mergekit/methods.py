@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from adamerge.deltas import dense
-from adamerge.errors import InputError
 from adamerge.mergekit import masks
 from adamerge.rules.base import Stack, WeightRule, each_expert
 from adamerge.rules.random import generator
@@ -93,21 +92,6 @@ class Mergekit(WeightRule[None]):
             return stack.base
         part = Stack(stack.name, stack.base, stack.deltas[: len(resolved.models)], resolved.models)
         return self.method.combine(part, resolved)
-
-
-def check(method: str, name: str, resolved: Resolved) -> None:
-    """Raise InputError for numbers that a method cannot take for the tensor `name`."""
-    for model, own in zip(resolved.models, resolved.own, strict=True):
-        density, epsilon = own.get("density", 1.0), own.get("epsilon", 0.0)
-        if density < 0:
-            raise InputError(f"{model}, {name}: expected density >= 0, got {density:g}")
-        if 0 < density < 1 and not 0 <= epsilon < min(density, 1 - density):
-            raise InputError(f"{model}, {name}: expected 0 < density ± epsilon < 1, got {density:g} ± {epsilon:g}")
-        if not 0 <= own.get("gamma", 0.0) < 1:
-            raise InputError(f"{model}, {name}: expected 0 <= gamma < 1, got {own['gamma']:g}")
-    total = sum(own.get("weight", 1.0) for own in resolved.own)
-    if method == "linear" and resolved.shared["normalize"] and resolved.models and abs(total) < 1e-8:
-        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `normalize: false`")
 
 
 # -- weighted sums of task vectors -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
 from adamerge.errors import InputError
 from adamerge.mergekit.companions import changes, tokenizer
-from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved, check
+from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
 from adamerge.mergekit.settings import Settings, Source
 from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
@@ -53,7 +53,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
         sources=files,
         copy_from=companions if companions.is_dir() else None,
         config=changes(layers(settings) if slices else None, home, files, companions),
-        recipe=settings.file,
+        recipe={**settings.file, "seed": seed},
         notes=notes,
     )
 
@@ -122,5 +122,20 @@ def _resolve(settings: Settings, output: Output, seed: int) -> Resolved:
         based=output.cast.based,
         seed=seed,
     )
-    check(settings.method, output.name, resolved)
+    _check(settings.method, output.name, resolved)
     return resolved
+
+
+def _check(method: str, name: str, resolved: Resolved) -> None:
+    """Raise InputError for numbers that a method cannot take for the tensor `name`."""
+    for model, own in zip(resolved.models, resolved.own, strict=True):
+        density, epsilon = own.get("density", 1.0), own.get("epsilon", 0.0)
+        if density < 0:
+            raise InputError(f"{model}, {name}: expected density >= 0, got {density:g}")
+        if 0 < density < 1 and not 0 <= epsilon < min(density, 1 - density):
+            raise InputError(f"{model}, {name}: expected 0 < density ± epsilon < 1, got {density:g} ± {epsilon:g}")
+        if not 0 <= own.get("gamma", 0.0) < 1:
+            raise InputError(f"{model}, {name}: expected 0 <= gamma < 1, got {own['gamma']:g}")
+    total = sum(own.get("weight", 1.0) for own in resolved.own)
+    if method == "linear" and resolved.shared["normalize"] and resolved.models and abs(total) < 1e-8:
+        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `normalize: false`")
