@@ -105,6 +105,21 @@ parameters: {weight: 1}
     assert [found[Q.format(layer)] for layer in range(LAYERS)] == pytest.approx([0, 0.5, 0, 1 / 3, 0.5])
 
 
+def test_a_filter_of_a_source_is_for_its_own_names(models, run):
+    text = """
+slices:
+  - sources:
+      - {model: one, layer_range: [0, 2]}
+      - {model: two, layer_range: [1, 3], parameters: {weight: [{filter: layers.2., value: 3}, {value: 1}]}}
+merge_method: linear
+parameters: {weight: 1}
+"""
+    merged = run(text)
+    for layer, share in ((0, 0.5), (1, 0.75)):
+        a, b = models["one"][Q.format(layer)], models["two"][Q.format(layer + 1)]
+        assert_close(merged[Q.format(layer)], (1 - share) * a + share * b, rtol=0, atol=1e-12)
+
+
 # -- slices ------------------------------------------------------------------------------------------------------------
 
 FRANKEN = """
