@@ -41,7 +41,7 @@ class MergedState(Mapping[str, Tensor]):
         self._corrections: list[tuple[Correction[Any], Any]] = []
         names = tuple(name for name in original.deltas if kind(name, meta(original.base, name)) == "parameter")
         for correction in corrections:
-            self._corrections.append((correction, correction.fit(Changes(names, original.tasks, self._changes))))
+            self._corrections.append((correction, correction.fit(Changes(names, original.tasks, self.changes))))
 
     def __getitem__(self, name: str) -> Tensor:
         parts = list(self.parts(name))
@@ -83,7 +83,7 @@ class MergedState(Mapping[str, Tensor]):
         return torch.empty(like.shape, dtype=dtype, device="meta")
 
     @torch.no_grad()
-    def _changes(self) -> Iterator[tuple[Stack, Tensor]]:
+    def changes(self) -> Iterator[tuple[Stack, Tensor]]:
         """Every parameter tensor, or piece of one, as it was before any transform, and its change so far."""
         for name in self.original.deltas:
             if kind(name, meta(self.original.base, name)) == "parameter":

@@ -70,10 +70,8 @@ class TallMask(PerTensor[Tensor]):
         tasks, given = task_vectors.tasks, self.threshold
         if not isinstance(given, dict):
             return torch.full((len(tasks),), given, dtype=torch.float64)
-        if odd := sorted(set(tasks) ^ set(given)):
-            raise InputError(
-                f"TallMask has thresholds for {sorted(given)}, the experts are {sorted(tasks)}: see {odd[0]!r}"
-            )
+        if sorted(given) != sorted(tasks):
+            raise InputError(f"TallMask has thresholds for {sorted(given)}, the experts are {sorted(tasks)}")
         return torch.tensor([given[task] for task in tasks], dtype=torch.float64)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor) -> AnyDeltas:

@@ -34,7 +34,7 @@ class Merged(Transform):
 
         old = task_vectors.load()
         changes: dict[str, list[Tensor]] = {}
-        for stack, change in plan(old, self.rules)._changes():
+        for stack, change in plan(old, self.rules).changes():
             changes.setdefault(stack.name, []).append(change)
 
         def part(name: str, deltas: AnyDeltas) -> AnyDeltas:
