@@ -77,7 +77,7 @@ class SafetensorsState(Mapping[str, Tensor]):
         if not tensor.numel():
             return tensor
         offset = place.start + row * tensor.nbytes // max(shape[0], 1) if shape else place.start
-        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        buffer = tensor.view(-1).view(torch.uint8).numpy().data
         with place.path.open("rb", buffering=0) as file:
             file.seek(offset)
             done = 0
