@@ -40,20 +40,20 @@ def passes(values: torch.Tensor, rank: int, sample: Sample | None) -> int:
     def stacks():
         nonlocal count
         count += 1
-        return values.split(300, dim=1)
+        return values.split(30_000, dim=1)
 
     assert torch.equal(kth_magnitudes(stacks, rank, values.dtype, sample), sort(values, rank))
     return count
 
 
 def test_a_sample_saves_a_pass():
-    values = torch.randn(2, 4000)
-    sample = Sample(values[:, ::4].abs(), torch.full((1000,), 4.0, dtype=torch.float64))
-    assert passes(values, 3200, None) == 2
-    assert passes(values, 3200, sample) == 1
+    values = torch.randn(2, 200_000)
+    sample = Sample(values[:, ::4].abs(), torch.full((50_000,), 4.0, dtype=torch.float64))
+    assert passes(values, 160_000, None) == 2
+    assert passes(values, 160_000, sample) == 1
     missed = Sample(sample.magnitudes / 2, sample.weights)
-    assert passes(values, 3200, missed) == 3
-    assert passes(values.double(), 3200, None) == 4
+    assert passes(values, 160_000, missed) == 3
+    assert passes(values.double(), 160_000, None) == 4
 
 
 def test_bounds_count_what_a_value_stands_for():
