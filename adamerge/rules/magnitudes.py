@@ -51,13 +51,18 @@ def survey(task_vectors: TaskVectors) -> tuple[dict[str, int], Sample | None]:
     sizes, magnitudes, weights = {}, [], []
     for name, like in likes.items():
         rows = _places(like.shape) if task_vectors.elementwise else [None]
-        some = torch.cat([dense(task_vectors.piece(name, part)[1]).flatten(1) for part in rows], 1).abs().cpu()
+        some = torch.cat([_flat(dense(task_vectors.piece(name, part)[1])) for part in rows], 1).abs().cpu()
         if bool(some.any()) or any(bool(deltas.any()) for _, deltas in parameters(task_vectors, (name,))):
             sizes[name] = like.numel()
             some = some[:, :: max(1, int(some.shape[1] / (share * like.numel() + 1024)))]
             magnitudes.append(some.clone())
             weights.append(torch.full((some.shape[1],), like.numel() / some.shape[1], dtype=torch.float64))
     return sizes, Sample(torch.cat(magnitudes, 1), torch.cat(weights)) if sizes else None
+
+
+def _flat(deltas: Tensor) -> Tensor:
+    """[K, n] of [K, *shape], which may have no axis, or no element."""
+    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
 
 
 def _places(shape: torch.Size) -> list[slice | None]:

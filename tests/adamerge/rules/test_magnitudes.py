@@ -81,7 +81,7 @@ def test_a_survey_finds_what_moved_and_where_it_did_not_look_first():
 
 @pytest.mark.parametrize("piece", [7, 64, 2**18])
 def test_thresholds_do_not_depend_on_pieces(monkeypatch, piece):
-    state = {"w": torch.randn(70, 30), "v": torch.randn(900), "s": torch.randn(())}
+    state = {"w": torch.randn(70, 30), "v": torch.randn(900), "s": torch.randn(()), "none": torch.zeros(0, 3)}
     tv = TaskVectors.from_state_dicts({name: torch.zeros_like(value) for name, value in state.items()}, {"a": state})
     monkeypatch.setattr(task_vectors, "PIECE", piece)
     every = torch.cat([value.flatten() for value in state.values()])
