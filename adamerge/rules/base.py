@@ -46,10 +46,12 @@ class Rule(ABC, Generic[Statistics]):
     Attributes:
         elementwise: whether an entry of the outcome depends on the same entry of the deltas alone (and on what `fit`
             found): large tensors then go through in pieces.
+        passes: how often `fit` reads all tensors; None for once if there is a `fit`, else not at all.
         keeps_statistics: whether running statistics are combined by this rule too, instead of averaged.
     """
 
     elementwise: bool = False
+    passes: int | None = None
     keeps_statistics: ClassVar[bool] = False
 
     def check(self, tasks: tuple[str, ...]) -> None:
@@ -124,6 +126,7 @@ class Correction(ABC, Generic[Statistics]):
     """
 
     elementwise: bool = False
+    passes: int | None = None
 
     def fit(self, changes: Changes) -> Statistics:
         """What `correct` must know of all tensors and their changes; nothing by default."""
@@ -172,6 +175,7 @@ class PerTensor(Transform, Generic[Statistics]):
     """
 
     elementwise: bool = False
+    passes: int | None = None
 
     def fit(self, task_vectors: TaskVectors) -> Statistics:
         """What `tensor` must know of all tensors; nothing by default."""

@@ -47,7 +47,7 @@ class Trim(PerTensor[Tensor | None]):
         if scope == "tensor" and count_unchanged:
             raise InputError("Trim counts unchanged tensors in a model: with scope='tensor', leave count_unchanged out")
         self.keep, self.count_unchanged, self.scope = keep, count_unchanged, scope
-        self.elementwise = scope == "model"
+        self.elementwise, self.passes = scope == "model", int(scope == "model")
 
     def fit(self, task_vectors: TaskVectors) -> Tensor | None:
         """The smallest magnitude that each expert keeps, [K]; nothing where it is another in each tensor."""
@@ -113,6 +113,7 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
 
     votes = True
     elementwise = True
+    passes = 0  # one, if there is an exact tie
 
     def __init__(self, combine: Literal["sum", "mean"] = "sum") -> None:
         if combine not in ("sum", "mean"):
