@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,15 +91,15 @@ def kth_magnitudes(
         sample: of the same deltas.
     """
     counters: list[_Counter] = []
-    with ThreadPoolExecutor() as pool:
-        while not counters or not all(counter.found for counter in counters):
-            for deltas in stacks():
-                if not counters:
-                    bounds = [sample.bounds(k, rank) if sample else None for k in range(len(deltas))]
-                    counters = [_Counter(rank, dtype, bound) for bound in bounds]
-                list(pool.map(_Counter.add, counters, deltas))
-            for counter in counters:
-                counter.narrow()
+    while not counters or not all(counter.found for counter in counters):
+        for deltas in stacks():
+            if not counters:
+                bounds = [sample.bounds(k, rank) if sample else None for k in range(len(deltas))]
+                counters = [_Counter(rank, dtype, bound) for bound in bounds]
+            for counter, delta in zip(counters, deltas, strict=True):
+                counter.add(delta)
+        for counter in counters:
+            counter.narrow()
     return torch.tensor([counter.low for counter in counters], dtype=counters[0].integers).view(dtype)
 
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, Sparse, dense
@@ -73,7 +72,9 @@ class Trim(PerTensor[Tensor | None]):
         found = self._least(values) if statistics is None else statistics
         least = found.to(values.dtype)
         below = torch.where(least >= found, torch.nextafter(least, torch.zeros_like(least)), least).tolist()
-        trimmed = torch.stack([functional.hardshrink(*pair) for pair in zip(values, below, strict=True)])
+        trimmed = torch.empty_like(values)
+        for value, bound, out in zip(values, below, trimmed, strict=True):
+            torch.hardshrink(value, bound, out=out)
         return Sparse.from_dense(trimmed) if isinstance(deltas, Sparse) else trimmed
 
     def _least(self, values: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
         values = dense(deltas)
         sign = values.sum(0).sign()
         # Entries that all experts leave alone need no sign: the pass over all tensors is for exact ties alone.
-        tied = values.abs().sum(0) * (1 - sign.abs())
+        tied = values.amax(0) * (1 - sign.abs())
         if bool(tied.any()):
             sign = torch.where(tied > 0, statistics.sign, sign)
         # What agrees is positive when multiplied by the sign, ±1, and comes back unchanged when multiplied once more.
