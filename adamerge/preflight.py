@@ -14,6 +14,7 @@ from torch import Tensor
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
 from adamerge.files import json_file
+from adamerge.fused import Thirds
 from adamerge.kinds import kind, role
 from adamerge.merge import stages
 from adamerge.recipes import Job
@@ -38,7 +39,7 @@ def report(job: Job, output: Path | None = None) -> RenderableType:
     _, rule, _ = stages(job.rules)
     rule.check(vectors.tasks)
     merged = _merged(job)
-    per_tensor(job.scale, merged)
+    per_tensor(job.scale, Thirds(vectors.base).split(merged) if job.split_fused_qkv else merged)
     written = sum(tensor.nbytes for tensor in outcome(job).values())
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, words in _rows(job, merged, written):

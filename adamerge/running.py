@@ -18,6 +18,7 @@ from adamerge import __version__
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
 from adamerge.files import json_file, write_text
+from adamerge.fused import Joined
 from adamerge.merge import plan
 from adamerge.recipes import Job
 from adamerge.rules.combining import MergedState
@@ -47,7 +48,7 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
     asked = {"recipe": plain(job.recipe), "files": identities(job.sources), "versions": _versions()}
     partial = _begin(output.parent / f".{output.name}.partial", asked, console)
     with _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
-        state = plan(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
+        state = plan(job.task_vectors, job.rules, job.scale, job.exclude, job.split_fused_qkv, job.dtype)
         write_weights(state, files, partial, advance)
     if job.copy_from is not None:
         copy_companions(job.copy_from, partial, _config_changes(job))
@@ -120,7 +121,7 @@ def _config_changes(job: Job) -> dict[str, Any]:
     return {key: str(job.dtype).removeprefix("torch."), **job.config}
 
 
-def _elements(state: MergedState) -> dict[str, int]:
+def _elements(state: MergedState | Joined) -> dict[str, int]:
     """What shares are shares of: elements of all tensors, of those that rules count, of those that experts changed."""
     base, deltas = state.original.base, state.original.deltas
     return {

@@ -115,6 +115,13 @@ class TaskVectors:
             return self._replaced(self.base, deltas.only(left))
         return self._replaced(self.base, {name: deltas[name] for name in deltas if name in left})
 
+    def viewed(self, view: Callable[[State], State], names: Callable[[Iterable[str]], Iterable[str]]) -> "TaskVectors":
+        """Task vectors over views of the base and of every expert; `names` says what becomes of the tensors' names."""
+        if not isinstance(self.deltas, _Differences):
+            raise InputError("task vectors that are transformed cannot be split: split them first")
+        base, experts = view(self.base), {task: view(state) for task, state in self.deltas.experts.items()}
+        return self._replaced(base, _Differences(base, experts, self.tied, names(self.deltas.names)))
+
     @property
     def lazy(self) -> bool:
         """Whether deltas are read and computed each time that they are asked for."""

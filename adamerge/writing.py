@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.files import write_text
+from adamerge.fused import Joined
 from adamerge.rules.combining import MergedState
 from adamerge.tensor_files import header
 from adamerge.threads import WORKERS, in_order
@@ -38,7 +39,7 @@ def layout(tensors: Mapping[str, Tensor], shard_size: int) -> Layout:
 
 
 def write_weights(
-    state: MergedState, files: Layout, folder: Path, advance: Callable[[int], object] = lambda count: None
+    state: MergedState | Joined, files: Layout, folder: Path, advance: Callable[[int], object] = lambda count: None
 ) -> None:
     """Write the files of a layout, and their index if they are several; `advance` is told of bytes as they are done.
 
