@@ -12,60 +12,18 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.tensor_files import SafetensorsState, names_in
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-class SafetensorsState(Mapping[str, Tensor]):
-    """A state dict over one or more safetensors files: a tensor's bytes are read when it is asked for."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = dict(files)
-        self._stack = ExitStack()
-        self._handles: dict[Path, Any] = {}
-        for path in set(self._files.values()):
-            self._handles[path] = self._stack.enter_context(_open_safetensors(path))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handles[self._files[name]].get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of one tensor."""
-        return self._handles[self._files[name]].get_slice(name)[rows]
-
-    def meta(self, name: str) -> Tensor:
-        """A tensor of that name's shape and dtype without data, from the file's header."""
-        part = self._handles[self._files[name]].get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise InputError(f"{self._files[name]}: {name} is stored as {part.get_dtype()}, which cannot be merged")
-        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def meta(state: Mapping[str, Tensor], name: str) -> Tensor:
@@ -149,8 +107,7 @@ def _open(where: str | Path) -> Mapping[str, Tensor]:
         return _open_folder(path)
     if path.is_file():
         if path.suffix == ".safetensors":
-            with _open_safetensors(path) as file:
-                return SafetensorsState(dict.fromkeys(file.keys(), path))
+            return SafetensorsState(dict.fromkeys(names_in(path), path))
         if path.suffix in _TORCH_SUFFIXES:
             return _state_dict_of(load_torch(path), path)
         raise InputError(f"{path}: unknown format; expected {', '.join(_SUFFIXES)} or a folder")
@@ -187,13 +144,6 @@ def _open_sharded(index: Path) -> Mapping[str, Tensor]:
     if index.name.startswith("pytorch_model"):
         return {name: shards[file][name] for name, file in files.items()}
     return SafetensorsState({name: index.parent / file for name, file in files.items()})
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors; it may be truncated: {error}") from error
 
 
 def load_torch(path: Path) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def dense(deltas: AnyDeltas) -> Tensor:
     return deltas.dense() if isinstance(deltas, Deltas) else deltas
 
 
+def changed(deltas: AnyDeltas) -> bool:
+    """Whether anything is not zero; a few entries tell as a rule."""
+    few = deltas[0].flatten()[:64] if isinstance(deltas, Tensor) and len(deltas) else deltas
+    return bool(few.any()) or bool(deltas.any())
+
+
 def mapped(fn: Callable[[Tensor], Tensor], deltas: AnyDeltas) -> AnyDeltas:
     """`fn` on deltas in any form; see `Deltas.map`."""
     return deltas.map(fn) if isinstance(deltas, Deltas) else fn(deltas)

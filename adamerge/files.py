@@ -1,9 +1,11 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -22,6 +24,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file under its final name only once it is complete."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_file(path: Path) -> Any:
+    """What a JSON file says, or None where there is none that is whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def cache_folder() -> Path:

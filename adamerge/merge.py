@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.fused import Joined, split
 from adamerge.rules import Correction, ElectSign, Rule, TaskArithmetic, Transform, WeightRule, transform
 from adamerge.rules.base import check_transforms
 from adamerge.rules.combining import MergedState, in_memory
@@ -23,6 +24,7 @@ def merge(
     rules: Sequence[Step] = (TaskArithmetic(),),
     scale: Scale = 1.0,
     exclude: Sequence[str] = (),
+    split_fused_qkv: bool = False,
 ) -> dict[str, Tensor]:
     """Merge experts into one state dict: θ = θ₀ + scale · combine(τ₁ … τ_K).
 
@@ -38,12 +40,14 @@ def merge(
             `TaskArithmetic`. A list is a gradient over the blocks, `{"mlp": 0.5, ".*": [0.2, 0.4]}` is one by patterns
             of names (`adamerge.scales.per_tensor`).
         exclude: patterns of names: tensors that stay the base's, and that no rule counts.
+        split_fused_qkv: merge queries, keys and values that are one tensor as three, `….query`, `….key`, `….value`: not
+            the same where a rule looks at a tensor as a whole.
 
     Raises:
         InputError: for no rule or several, for stages that make no sense in this order, and for a pattern that matches
             no tensor.
     """
-    return in_memory(plan(task_vectors, rules, scale, exclude), task_vectors.tied)
+    return in_memory(plan(task_vectors, rules, scale, exclude, split_fused_qkv), task_vectors.tied)
 
 
 @torch.no_grad()
@@ -52,8 +56,9 @@ def plan(
     rules: Sequence[Step] = (TaskArithmetic(),),
     scale: Scale = 1.0,
     exclude: Sequence[str] = (),
+    split_fused_qkv: bool = False,
     dtype: torch.dtype | None = None,
-) -> MergedState:
+) -> MergedState | Joined:
     """As `merge`, but each tensor is computed when it is asked for; passes over all tensors are made here.
 
     `dtype` is that of the merged floats, the base's by default.
@@ -64,7 +69,11 @@ def plan(
         task_vectors = task_vectors.without(
             name for pattern in exclude for name in matching(pattern, task_vectors.base)
         )
-    return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale, dtype)
+    if not split_fused_qkv:
+        return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale, dtype)
+    parts, thirds = split(task_vectors)
+    state = MergedState(parts, transform(parts, transforms), rule, corrections, scale, dtype)
+    return Joined(state, thirds, task_vectors.base)
 
 
 def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Correction[Any]]]:

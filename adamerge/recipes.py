@@ -1,15 +1,22 @@
 """Recipes: a merge described in a YAML file, and the job that it comes down to."""
 
+import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import yaml
 
+from adamerge.checkpoints import hub_folder, open_state
+from adamerge.errors import InputError
 from adamerge.merge import Step
+from adamerge.rule_specs import build, build_rules, did_you_mean
 from adamerge.scales import Scale
-from adamerge.task_vectors import TaskVectors
+from adamerge.task_vectors import BASE, TaskVectors
+from adamerge.views import OnDevice, as_tied
+from adamerge.vocabulary import Policy, fitted
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Job:
         rules: as `adamerge.merge` takes them.
         scale: as `adamerge.merge` takes it.
         exclude: patterns of tensors that stay the base's.
+        split_fused_qkv: as `adamerge.merge` takes it.
         dtype: of the merged floats; the base's if None.
         sources: folders or files that are read, by what they are ("base", an expert): a merge that is resumed must find
             them as they were.
@@ -35,6 +43,7 @@ class Job:
     rules: tuple[Step, ...]
     scale: Scale = 1.0
     exclude: tuple[str, ...] = ()
+    split_fused_qkv: bool = False
     dtype: torch.dtype | None = None
     sources: Mapping[str, Path] = field(default_factory=dict)
     copy_from: Path | None = None
@@ -42,3 +51,117 @@ class Job:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shard_size: int = 5 * 10**9
+
+
+@dataclass
+class Recipe:
+    """A merge as its YAML file says it.
+
+    Attributes:
+        base: a folder or file, relative to the recipe's folder, or a Hub id.
+        experts: task -> likewise.
+        rules: in order; `Trim`, `{Trim: {keep: 0.2}}` or `{class_path: adamerge.rules.Trim, init_args: {keep: 0.2}}`.
+        scale: a number, a list of them from the first block to the last, or either by patterns of names.
+        exclude: patterns of tensors that stay the base's.
+        dtype: of the merged floats; the base's by default.
+        seed: for rules that draw at random and have none of their own.
+        device: what computes.
+        vocabulary: what to do with experts whose vocabulary is not the base's (`adamerge.vocabulary`).
+        split_fused_qkv: merge queries, keys and values that are fused into one tensor as three.
+        tokenizer: the expert whose tokenizer, config and processor files go along instead of the base's.
+        shard_size: of a file of weights: bytes, or "5GB".
+    """
+
+    base: str
+    experts: dict[str, str]
+    rules: list[Any] = field(default_factory=lambda: ["TaskArithmetic"])
+    scale: float | list[float] | dict[str, float | list[float]] = 1.0
+    exclude: list[str] = field(default_factory=list)
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    seed: int | None = None
+    device: str = "cpu"
+    vocabulary: Policy = "refuse"
+    split_fused_qkv: bool = False
+    tokenizer: str = BASE
+    shard_size: int | str = "5GB"
+
+
+def read(path: Path) -> Job:
+    """The job of a recipe, or of mergekit's kind of YAML, which is known by its `merge_method`.
+
+    Raises:
+        InputError: for a file that is no recipe, and for whatever does not fit in it: a key, a rule, an argument, a
+            path, an expert.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no recipe: expected keys such as base, experts and rules")
+    if "merge_method" in values:
+        found: Job = importlib.import_module("adamerge.mergekit").read(path)
+        return found
+    return job(parse(values), path.parent)
+
+
+def parse(values: Mapping[str, Any]) -> Recipe:
+    """A recipe of plain values; raises InputError for an unknown or missing key, and for a value of another type."""
+    known = [entry.name for entry in fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"a recipe has no key {key!r}{did_you_mean(str(key), known)}")
+    for key in ("base", "experts"):
+        if key not in values:
+            raise InputError(f"the recipe names no {key}: add the key {key!r}")
+    return build(Recipe, values, "the recipe")
+
+
+def job(recipe: Recipe, folder: Path) -> Job:
+    """What a recipe comes down to; `folder` is the one that paths are relative to."""
+    if recipe.tokenizer not in (BASE, *recipe.experts):
+        known = (BASE, *recipe.experts)
+        raise InputError(f"tokenizer is {recipe.tokenizer!r}{did_you_mean(recipe.tokenizer, known)}")
+    rules = build_rules(recipe.rules, recipe.seed)
+    size = parse_size(recipe.shard_size)
+    sources = {BASE: recipe.base, **recipe.experts}
+    paths = {name: locate(where, folder) for name, where in sources.items()}
+    states = as_tied({name: open_state(path) for name, path in paths.items()}, paths)
+    states, notes = fitted(states, paths, recipe.vocabulary)
+    if recipe.device != "cpu":
+        states = {name: OnDevice(state, torch.device(recipe.device)) for name, state in states.items()}
+    base = states.pop(BASE)
+    companions = paths[recipe.tokenizer]
+    return Job(
+        task_vectors=TaskVectors.over(base, states),
+        rules=tuple(rules),
+        scale=recipe.scale,
+        exclude=tuple(recipe.exclude),
+        split_fused_qkv=recipe.split_fused_qkv,
+        dtype=getattr(torch, recipe.dtype) if recipe.dtype else None,
+        sources=paths,
+        copy_from=companions if companions.is_dir() else None,
+        recipe=asdict(recipe),
+        notes=tuple(notes),
+        shard_size=size,
+    )
+
+
+def locate(where: str, folder: Path) -> Path:
+    """A path relative to a folder, or else the local copy of a Hub model."""
+    path = folder / Path(where).expanduser()
+    hub = where.count("/") == 1 and not path.parent.exists() and not path.suffix
+    return hub_folder(where) if hub else path
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200 MB" or a number."""
+    text = str(size).upper().replace(" ", "").removesuffix("B")
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
+    try:
+        count = int(float(text.rstrip("KMGT")) * factor)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(f"shard_size is {size!r}: expected bytes, or a size such as 5GB")
+    return count

@@ -22,8 +22,8 @@ State = Mapping[str, Tensor]
 #: The base's name among the fingerprints.
 BASE = "base"
 
-#: Elements per expert that elementwise rules take at a time: enough to keep cores busy, little enough to stay cheap.
-PIECE = 2**22
+#: Elements per expert that elementwise rules take at a time: a few experts' fit into a cache, and each is worth a read.
+PIECE = 2**18
 
 
 class TaskVectors:
@@ -115,6 +115,18 @@ class TaskVectors:
             return self._replaced(self.base, deltas.only(left))
         return self._replaced(self.base, {name: deltas[name] for name in deltas if name in left})
 
+    def viewed(self, view: Callable[[State], State], names: Callable[[Iterable[str]], Iterable[str]]) -> "TaskVectors":
+        """Task vectors over views of the base and of every expert; `names` says what becomes of the tensors' names."""
+        if not isinstance(self.deltas, _Differences):
+            raise InputError("task vectors that are transformed cannot be split: split them first")
+        base, experts = view(self.base), {task: view(state) for task, state in self.deltas.experts.items()}
+        return self._replaced(base, _Differences(base, experts, self.tied, names(self.deltas.names)))
+
+    @property
+    def lazy(self) -> bool:
+        """Whether deltas are read and computed each time that they are asked for."""
+        return isinstance(self.deltas, _Differences | _Changed)
+
     @property
     def elementwise(self) -> bool:
         """Whether `piece` reads and computes pieces; else it would take the whole tensor for each of them."""
@@ -134,9 +146,8 @@ class TaskVectors:
     def _replaced(self, base: State, deltas: Mapping[str, AnyDeltas]) -> "TaskVectors":
         new = TaskVectors(base, deltas, self.tasks, self.tied, self._fingerprints)
         if self._fingerprints is None:
-            lazy = isinstance(self.deltas, _Differences | _Changed)
             # Files are hashed when somebody asks; deltas in memory at once, or they would have to be kept for it.
-            new._origin, new._fingerprints = (self, None) if lazy else (None, self.fingerprints)
+            new._origin, new._fingerprints = (self, None) if self.lazy else (None, self.fingerprints)
         return new
 
     @cached_property
@@ -209,7 +220,7 @@ class _Differences(Mapping[str, Tensor]):
         dtype = torch.promote_types(torch.float32, base.dtype)
         start, stacked = base.to(dtype), base.new_empty((len(self.experts), *base.shape), dtype=dtype)
         for out in stacked:
-            torch.sub(next(experts).to(dtype), start, out=out)
+            out.copy_(next(experts)).sub_(start)
         return stacked
 
     def _base(self, name: str) -> Tensor:

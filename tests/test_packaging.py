@@ -51,7 +51,7 @@ def test_the_wheel_says_what_it_is(wheel):
     assert metadata["Version"] == adamerge.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
-    assert f"{folder}/entry_points.txt" not in wheel.namelist()
+    assert "adamerge = adamerge.__main__:main" in wheel.read(f"{folder}/entry_points.txt").decode()
 
 
 def test_dependencies_have_lower_bounds_and_no_upper_ones():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints import meta
-from adamerge.deltas import AnyDeltas, Sparse
+from adamerge.deltas import AnyDeltas, Sparse, changed
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.task_vectors import TaskVectors, pieces
+from adamerge.threads import in_order
 
 Statistics = TypeVar("Statistics")
 
@@ -45,10 +46,12 @@ class Rule(ABC, Generic[Statistics]):
     Attributes:
         elementwise: whether an entry of the outcome depends on the same entry of the deltas alone (and on what `fit`
             found): large tensors then go through in pieces.
+        passes: how often `fit` reads all tensors; None for once if there is a `fit`, else not at all.
         keeps_statistics: whether running statistics are combined by this rule too, instead of averaged.
     """
 
     elementwise: bool = False
+    passes: int | None = None
     keeps_statistics: ClassVar[bool] = False
 
     def check(self, tasks: tuple[str, ...]) -> None:
@@ -123,6 +126,7 @@ class Correction(ABC, Generic[Statistics]):
     """
 
     elementwise: bool = False
+    passes: int | None = None
 
     def fit(self, changes: Changes) -> Statistics:
         """What `correct` must know of all tensors and their changes; nothing by default."""
@@ -171,6 +175,7 @@ class PerTensor(Transform, Generic[Statistics]):
     """
 
     elementwise: bool = False
+    passes: int | None = None
 
     def fit(self, task_vectors: TaskVectors) -> Statistics:
         """What `tensor` must know of all tensors; nothing by default."""
@@ -187,7 +192,7 @@ class PerTensor(Transform, Generic[Statistics]):
         @torch.no_grad()
         def change(name: str, deltas: AnyDeltas) -> AnyDeltas:
             parameter = kind(name, meta(task_vectors.base, name)) == "parameter"
-            return self.tensor(name, deltas, statistics) if parameter and bool(deltas.any()) else deltas
+            return self.tensor(name, deltas, statistics) if parameter and changed(deltas) else deltas
 
         return task_vectors.changed(change, elementwise=self.elementwise)
 
@@ -205,12 +210,17 @@ def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) 
 
     Tied tensors come once, under the name that `task_vectors.deltas` has.
     """
-    for name in task_vectors.deltas:
-        if names is not None and name not in names:
-            continue
-        if kind(name, like := meta(task_vectors.base, name)) == "parameter":
-            for rows in pieces(like.shape) if task_vectors.elementwise else (None,):
-                yield name, task_vectors.piece(name, rows)[1]
+    likes = ((name, meta(task_vectors.base, name)) for name in task_vectors.deltas if names is None or name in names)
+    parts = (
+        (name, rows)
+        for name, like in likes
+        if kind(name, like) == "parameter"
+        for rows in (pieces(like.shape) if task_vectors.elementwise else (None,))
+    )
+    if task_vectors.lazy and task_vectors.elementwise:
+        yield from in_order(lambda part: (part[0], task_vectors.piece(*part)[1]), parts)
+    else:
+        yield from ((name, task_vectors.piece(name, rows)[1]) for name, rows in parts)
 
 
 def transform(task_vectors: TaskVectors, transforms: Sequence[Transform]) -> TaskVectors:

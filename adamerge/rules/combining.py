@@ -37,7 +37,8 @@ class MergedState(Mapping[str, Tensor]):
             transformed = rule(transformed)
         self.original, self.transformed, self.rule, self.dtype = original, transformed, rule, dtype
         self._statistics = rule.fit(transformed)
-        self._elementwise = rule.elementwise and all(correction.elementwise for correction in corrections)
+        elementwise = rule.elementwise and all(correction.elementwise for correction in corrections)
+        self.elementwise = elementwise and self.transformed.elementwise
         self._corrections: list[tuple[Correction[Any], Any]] = []
         names = tuple(name for name in original.deltas if kind(name, meta(original.base, name)) == "parameter")
         for correction in corrections:
@@ -56,25 +57,33 @@ class MergedState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.original.base)
 
-    @torch.no_grad()
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor as consecutive rows, as `meta` says: never more than a piece of it in memory."""
+        """The merged tensor as consecutive rows: never more than a piece of it in memory."""
+        return (self.part(name, rows) for rows in self.pieces(name))
+
+    def pieces(self, name: str) -> Iterator[slice | None]:
+        """The rows of each part of a tensor, or None for all of it."""
+        name = self.original.tied.get(name, name)
+        shape = meta(self.original.base, name).shape
+        whole = name in self.original.deltas and not self.elementwise
+        return iter((None,)) if whole else pieces(shape)
+
+    @torch.no_grad()
+    def part(self, name: str, rows: slice | None) -> Tensor:
+        """Some rows of a merged tensor, in the dtype that `meta` says."""
         name = self.original.tied.get(name, name)
         dtype = self.meta(name).dtype
         if name not in self.original.deltas:
-            for rows in pieces(self.meta(name).shape):
-                base = self.original.base
-                yield (base[name] if rows is None else rows_of(base, name, rows)).to(dtype, copy=True)
-            return
-        for rows in self._pieces(name):
-            stack = _stack(self.transformed, name, rows)
-            if kind(name, stack.base) == "statistics" and not self.rule.keeps_statistics:
-                merged = Mean().merged(stack, None, 1.0)
-            elif self._corrections:
-                merged = stack.base + self._scale[name] * self._corrected(stack, rows)[1]
-            else:
-                merged = self.rule.merged(stack, self._statistics, self._scale[name])
-            yield merged.to(dtype)
+            base = self.original.base
+            return (base[name] if rows is None else rows_of(base, name, rows)).to(dtype, copy=True)
+        stack = _stack(self.transformed, name, rows)
+        if kind(name, stack.base) == "statistics" and not self.rule.keeps_statistics:
+            merged = Mean().merged(stack, None, 1.0)
+        elif self._corrections:
+            merged = stack.base + self._scale[name] * self._corrected(stack, rows)[1]
+        else:
+            merged = self.rule.merged(stack, self._statistics, self._scale[name])
+        return merged.to(dtype)
 
     def meta(self, name: str) -> Tensor:
         """A tensor of the merged one's shape and dtype, without data."""
@@ -87,12 +96,8 @@ class MergedState(Mapping[str, Tensor]):
         """Every parameter tensor, or piece of one, as it was before any transform, and its change so far."""
         for name in self.original.deltas:
             if kind(name, meta(self.original.base, name)) == "parameter":
-                for rows in self._pieces(name):
+                for rows in self.pieces(name):
                     yield self._corrected(_stack(self.transformed, name, rows), rows)
-
-    def _pieces(self, name: str) -> Iterator[slice | None]:
-        whole = not (self._elementwise and self.transformed.elementwise)
-        return iter((None,)) if whole else pieces(meta(self.original.base, name).shape)
 
     def _corrected(self, stack: Stack, rows: slice | None) -> tuple[Stack, Tensor]:
         """The stack before any transform, and the change of it after all corrections that are fitted."""

@@ -1,28 +1,29 @@
 """TIES: trim what hardly moved, then settle by sign (Yadav et al., arXiv:2306.01708)."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from functools import cached_property
+import functools
+from threading import Lock
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
+from adamerge.kinds import kind
 from adamerge.rules.base import PerTensor, Rule, Stack, parameters
+from adamerge.rules.magnitudes import kth_magnitudes, survey
 from adamerge.task_vectors import TaskVectors
 
-#: Bits of a float that one pass over the values settles.
-_DIGIT = 16
+__all__ = ["ElectSign", "Majority", "Trim", "kth_magnitudes"]
 
 
 class Trim(PerTensor[Tensor | None]):
     """The first step of TIES: of each expert, the `keep` share of entries that moved furthest; the others are zero.
 
     Entry i of τₖ stays where |τₖᵢ| ≥ the (d − ⌊keep · d⌋)-th smallest of its d magnitudes, counted over all parameter
-    tensors together: one threshold per expert. Thresholds are exact, and found by passes over the tensors (two in
-    float32, four in float64) that count 16 bits of the values each; no copy of a whole task vector is made.
+    tensors together: one threshold per expert. Thresholds are exact, and found by a pass over the tensors (three in
+    float64) that counts bit patterns; no copy of a whole task vector is made.
 
     Args:
         keep: 0 < keep ≤ 1; 1 keeps everything.
@@ -45,32 +46,35 @@ class Trim(PerTensor[Tensor | None]):
         if scope == "tensor" and count_unchanged:
             raise InputError("Trim counts unchanged tensors in a model: with scope='tensor', leave count_unchanged out")
         self.keep, self.count_unchanged, self.scope = keep, count_unchanged, scope
-        self.elementwise = scope == "model"
+        self.elementwise, self.passes = scope == "model", int(scope == "model")
 
     def fit(self, task_vectors: TaskVectors) -> Tensor | None:
         """The smallest magnitude that each expert keeps, [K]; nothing where it is another in each tensor."""
         if self.scope == "tensor":
             return None
-        changed, dtype = set(), torch.float32
-        sizes: Counter[str] = Counter()
-        for name, deltas in parameters(task_vectors):
-            sizes[name] += deltas.shape[1:].numel()
-            if bool(deltas.any()):
-                changed.add(name)
-                dtype = torch.promote_types(dtype, deltas.dtype)
-        unchanged = sum(size for name, size in sizes.items() if name not in changed) if self.count_unchanged else 0
-        count = sum(sizes[name] for name in changed) + unchanged
+        sizes, sample = survey(task_vectors)
+        changed, likes = sum(sizes.values()), {name: meta(task_vectors.base, name) for name in task_vectors.deltas}
+        unchanged = 0
+        if self.count_unchanged:
+            every = (like.numel() for name, like in likes.items() if kind(name, like) == "parameter")
+            unchanged = sum(every) - changed
         # The unchanged zeros are the smallest of all magnitudes.
-        rank = count - int(self.keep * count) - unchanged
+        rank = changed - int(self.keep * (changed + unchanged))
+        dtypes = (torch.promote_types(torch.float32, likes[name].dtype) for name in sizes)
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         if rank < 1:
             return torch.zeros(len(task_vectors.tasks), dtype=dtype)
-        return kth_magnitudes(lambda: (deltas for _, deltas in parameters(task_vectors, changed)), rank, dtype)
+        return kth_magnitudes(lambda: (deltas for _, deltas in parameters(task_vectors, sizes)), rank, dtype, sample)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor | None) -> AnyDeltas:
         values = dense(deltas)
-        found = self._least(values) if statistics is None else statistics.to(values.device)
-        least = found.view(-1, *[1] * (values.dim() - 1))
-        trimmed = torch.where(values.abs() >= least, values, 0)
+        # |x| ≥ least where |x| > the number before it, which one fast call decides.
+        found = self._least(values) if statistics is None else statistics
+        least = found.to(values.dtype)
+        below = torch.where(least >= found, torch.nextafter(least, torch.zeros_like(least)), least).tolist()
+        trimmed = torch.empty_like(values)
+        for value, bound, out in zip(values, below, trimmed, strict=True):
+            torch.hardshrink(value, bound, out=out)
         return Sparse.from_dense(trimmed) if isinstance(deltas, Sparse) else trimmed
 
     def _least(self, values: Tensor) -> Tensor:
@@ -84,12 +88,17 @@ class Majority:
 
     def __init__(self, task_vectors: TaskVectors) -> None:
         self.task_vectors = task_vectors
+        self._lock = Lock()
+        self._sign: float | None = None
 
-    @cached_property
+    @property
     def sign(self) -> float:
         """+1 or −1."""
-        signs = (dense(deltas).sum(0).sign() for _, deltas in parameters(self.task_vectors))
-        return -1.0 if sum(float(sign.sum(dtype=torch.float64)) for sign in signs) < 0 else 1.0
+        with self._lock:  # pieces may be elected in several threads, and one pass is enough
+            if self._sign is None:
+                signs = (dense(deltas).sum(0).sign() for _, deltas in parameters(self.task_vectors))
+                self._sign = -1.0 if sum(float(sign.sum(dtype=torch.float64)) for sign in signs) < 0 else 1.0
+        return self._sign
 
 
 class ElectSign(PerTensor[Majority], Rule[Majority]):
@@ -105,6 +114,7 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
 
     votes = True
     elementwise = True
+    passes = 0  # one, if there is an exact tie
 
     def __init__(self, combine: Literal["sum", "mean"] = "sum") -> None:
         if combine not in ("sum", "mean"):
@@ -118,48 +128,15 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
         values = dense(deltas)
         sign = values.sum(0).sign()
         # Entries that all experts leave alone need no sign: the pass over all tensors is for exact ties alone.
-        tied = (sign == 0) & values.any(0)
+        tied = values.amax(0) * (1 - sign.abs())
         if bool(tied.any()):
-            sign = torch.where(tied, statistics.sign, sign)
-        elected = torch.where(values.sign() == sign, values, 0)
+            sign = torch.where(tied > 0, statistics.sign, sign)
+        # What agrees is positive when multiplied by the sign, ±1, and comes back unchanged when multiplied once more.
+        elected = (values * sign).relu_().mul_(sign)
         return Sparse.from_dense(elected) if isinstance(deltas, Sparse) else elected
 
     def combine(self, stack: Stack, statistics: Majority) -> Tensor:
         """Combine what the election has left."""
-        deltas = stack.deltas
-        return deltas.sum(0) / deltas.count_nonzero(0).clamp(min=1) if self.mean else deltas.sum(0)
-
-
-def kth_magnitudes(stacks: Callable[[], Iterable[AnyDeltas]], rank: int, dtype: torch.dtype) -> Tensor:
-    """The `rank`-th smallest magnitude of every task over all tensors, [K], exactly.
-
-    Floats ≥ 0 sort as their bit patterns do. A pass counts how many values have each leading 16 bits, which tells
-    those of the value sought; the next passes settle the bits below among the values that begin so.
-
-    Args:
-        stacks: gives deltas [K, *shape], tensor by tensor, each time it is called.
-        rank: from 1 on, at most the number of elements.
-        dtype: float32 or float64, of the widest tensor.
-    """
-    codes, bits = (torch.int64, 64) if dtype == torch.float64 else (torch.int32, 32)
-    prefixes: list[int] = []
-    ranks: list[int] = []
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts: list[Tensor] = []
-        for deltas in stacks():
-            for k, delta in enumerate(deltas):
-                code = delta.abs().to(dtype).flatten().view(codes)
-                if prefixes:
-                    code = code[code >> (shift + _DIGIT) == prefixes[k]]
-                count = torch.bincount((code >> shift) & (2**_DIGIT - 1), minlength=2**_DIGIT).cpu()
-                if k == len(counts):
-                    counts.append(count)
-                else:
-                    counts[k] += count
-        prefixes, ranks = prefixes or [0] * len(counts), ranks or [rank] * len(counts)
-        for k, count in enumerate(counts):
-            below = count.cumsum(0)
-            digit = int(torch.searchsorted(below, ranks[k]))
-            ranks[k] -= int(below[digit] - count[digit])
-            prefixes[k] = prefixes[k] << _DIGIT | digit
-    return torch.tensor(prefixes, dtype=codes).view(dtype)
+        total = stack.deltas.sum(0)
+        # All that is left of an entry has one sign.
+        return total / stack.deltas.sign().sum(0).abs_().clamp_(min=1) if self.mean else total

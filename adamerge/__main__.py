@@ -1,0 +1,55 @@
+"""The command line: `adamerge merge recipe.yaml --output merged/`."""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+
+def parser() -> ArgumentParser:
+    """What can be asked for."""
+    top = ArgumentParser(prog="adamerge", description="Merge experts that were fine-tuned from one base model.")
+    commands = top.add_subcommands(dest="command")
+    merging = ArgumentParser(
+        description="Merge experts as a recipe says, piece by piece, into a folder that from_pretrained opens. When it "
+        "was interrupted, the same command goes on where it stopped."
+    )
+    merging.add_argument("recipe", type=Path, help="a YAML file of this project's kind, or of mergekit's")
+    merging.add_argument("--output", type=Path, help="the folder to write: one that does not exist, or is empty")
+    merging.add_argument("--dry-run", action="store_true", help="say what would be done; read and write no weights")
+    commands.add_subcommand("merge", merging, help="merge experts as a recipe says")
+    return top
+
+
+def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
+    """Check a recipe, say what it is going to do and, unless that is all, do it."""
+    # torch takes seconds to import, which --help can do without.
+    from rich.console import Console
+
+    from adamerge.errors import InputError
+    from adamerge.preflight import report
+    from adamerge.recipes import read
+    from adamerge.running import run
+
+    console = Console(stderr=True)
+    try:
+        job = read(recipe)
+        if output is None and not dry_run:
+            raise InputError("name the folder to write: --output merged/")
+        console.print(report(job, output))
+        if output is not None and not dry_run:
+            console.print(f"merged into {run(job, output, console)}", highlight=False)
+    except InputError as error:
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+def main() -> None:
+    """What the console script `adamerge` runs."""
+    asked = parser().parse_args()
+    merge(asked.merge.recipe, asked.merge.output, asked.merge.dry_run)
+
+
+if __name__ == "__main__":
+    main()

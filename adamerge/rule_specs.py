@@ -1,0 +1,88 @@
+"""Rules as YAML has them, and the objects that they name."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from adamerge import rules
+from adamerge.errors import InputError
+from adamerge.merge import Step
+from adamerge.rules import Correction, Rule, Transform
+
+T = TypeVar("T")
+
+
+def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
+    """Rules from `Name`, `{Name: {argument: value}}` or `{class_path: ..., init_args: ...}`.
+
+    A rule that takes a `seed` and is given none takes this one.
+
+    Raises:
+        InputError: for an unknown rule or argument, with the nearest right one, and for a value of another type.
+    """
+    built = []
+    for spec in specs:
+        name, arguments = _name_and_arguments(spec)
+        cls = _class(name)
+        accepted = inspect.signature(cls).parameters
+        for key in arguments:
+            if key not in accepted:
+                raise InputError(f"{cls.__name__} has no argument {key!r}{did_you_mean(str(key), accepted)}")
+        if seed is not None and "seed" in accepted:
+            arguments = {"seed": seed, **arguments}
+        built.append(build(cls, arguments, cls.__name__))
+    return built
+
+
+def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:
+    """An object of plain arguments, checked against the types of its class."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it")
+    try:
+        parsed = parser.parse_object({"it": dict(arguments)})
+    except ArgumentError as error:
+        reason = " ".join(str(error).replace("<class '", "").replace("'>", "").split())
+        raise InputError(f"{what}: {reason.replace('Parser key', '').replace('it.', '').strip()}") from error
+    return cls(**parsed.it.as_dict()) if arguments or "it" in parsed else cls()
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that nobody knows."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1, 0.5) or [k for k in known if k.lower() == word.lower()]
+    if near:
+        return f": did you mean {near[0]!r}?"
+    return f"; there are {', '.join(known)}" if known else ": it takes none"
+
+
+def _name_and_arguments(spec: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, dict) and "class_path" in spec:
+        if odd := [key for key in spec if key not in ("class_path", "init_args")]:
+            raise InputError(f"a rule has class_path and init_args, and no {odd[0]!r}")
+        return str(spec["class_path"]), dict(spec.get("init_args") or {})
+    if isinstance(spec, dict) and len(spec) == 1:
+        ((name, arguments),) = spec.items()
+        if arguments is None or isinstance(arguments, dict):
+            return str(name), dict(arguments or {})
+    raise InputError(f"{spec!r} is no rule: expected Name, {{Name: {{argument: value}}}} or class_path and init_args")
+
+
+def _class(path: str) -> type[Any]:
+    """The rule of that name in `adamerge.rules`, or at that dotted path."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name) if module_name else rules
+    except ImportError as error:
+        raise InputError(f"rule {path}: {error}") from error
+    found = getattr(module, name, None)
+    if inspect.isclass(found) and issubclass(found, Transform | Rule | Correction) and not inspect.isabstract(found):
+        return found
+    known = (name for name, value in vars(module).items() if inspect.isclass(value) and not inspect.isabstract(value))
+    known = (n for n in known if issubclass(getattr(module, n), Transform | Rule | Correction))
+    raise InputError(f"there is no rule {path!r}{did_you_mean(name, sorted(known))}")

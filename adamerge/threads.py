@@ -1,0 +1,28 @@
+"""Work done ahead of whoever waits for it: reading and arithmetic leave the interpreter lock, so threads help."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+#: More threads than this wait for the disk or for memory.
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def in_order(work: Callable[[A], B], items: Iterable[A], workers: int = WORKERS) -> Iterator[B]:
+    """`work` on each item, in the items' order, with at most `workers` outcomes made before they are asked for."""
+    pool = ThreadPoolExecutor(workers)
+    made: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            made.append(pool.submit(work, item))
+            if len(made) > workers:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
