@@ -13,6 +13,7 @@ from adamerge.mergekit.settings import Settings, Source
 from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
 from adamerge.recipes import Job
 from adamerge.task_vectors import BASE, State, TaskVectors
+from adamerge.views import as_tied
 
 #: Computed anew by every model that has it, and left out of most files.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -34,7 +35,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
     states = {model: _open(where) for model, where in files.items()}
     slices = settings.slices[0].sources[0].layers is not None
     outputs = stacked(settings, states) if slices else whole(settings, states)
-    task_vectors = _task_vectors(outputs, states)
+    task_vectors = _task_vectors(outputs, states, files)
     resolved = {
         output.name: _resolve(settings, output, seed)
         for output in outputs
@@ -74,7 +75,7 @@ def _open(where: Path) -> State:
     return state if len(kept) == len(state) else Renamed(state, kept)
 
 
-def _task_vectors(outputs: list[Output], states: Mapping[str, State]) -> TaskVectors:
+def _task_vectors(outputs: list[Output], states: Mapping[str, State], files: Mapping[str, Path]) -> TaskVectors:
     """One expert for each source of a slice, called after the models that it stands for.
 
     Where a slice has fewer sources than another, the base fills in: its task vectors are zero.
@@ -86,8 +87,9 @@ def _task_vectors(outputs: list[Output], states: Mapping[str, State]) -> TaskVec
         tasks.append(f"{task} ({k + 1})" if task in (*tasks, BASE) else task)
     who = outputs[0].cast
     if who.base.layers is None:
-        experts = [states[source.model] for source in who.experts or [who.base]]
-        return TaskVectors.over(states[who.base.model], dict(zip(tasks, experts, strict=True)))
+        owners = {BASE: who.base.model} | {t: s.model for t, s in zip(tasks, who.experts or (who.base,), strict=True)}
+        fitted = as_tied({o: states[m] for o, m in owners.items()}, {o: files[m] for o, m in owners.items()})
+        return TaskVectors.over(fitted[BASE], {task: fitted[task] for task in tasks})
     parts: list[dict[str, tuple[State, str]]] = [{} for _ in (BASE, *tasks)]
     for output in outputs:
         base = (states[output.cast.base.model], output.base)

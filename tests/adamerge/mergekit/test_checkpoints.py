@@ -1,12 +1,12 @@
 """Files as mergekit's users write them, run on tiny checkpoints in the Hub's format: transformers generates from it."""
 
-import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,10 +20,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from adamerge.__main__ import main
 from adamerge.checkpoints import open_state
 from adamerge.merge import plan
 from adamerge.mergekit import read
-from adamerge.recipes import Job
 
 WORDS = ("<unk>", "</s>", *(f"word{i}" for i in range(22)))
 SIZES = {
@@ -159,21 +159,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: state[name].float() for name in state}
 
 
-def write(job: Job, folder: Path) -> None:
-    assert job.copy_from is not None
-    shutil.copytree(job.copy_from, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text()) | dict(job.config) | {"dtype": str(job.dtype)[6:]}
-    (folder / "config.json").write_text(json.dumps(config))
-    merged = plan(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
-    save_file({name: merged[name] for name in merged}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("kind", sorted(FILES))
 def test_transformers_generates_from_the_merge(hub, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(hub)
     (tmp_path / "merge.yml").write_text(FILES[kind])
-    job = read(tmp_path / "merge.yml")
-    write(job, tmp_path / "merged")
+    monkeypatch.setattr(
+        sys, "argv", ["adamerge", "merge", str(tmp_path / "merge.yml"), f"--output={tmp_path / 'merged'}"]
+    )
+    main()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert {key: list(value) for key, value in info.items() if value} == {}
     assert model.config.num_hidden_layers == len(model.model.layers) == (6 if kind == "passthrough" else 4)
@@ -210,3 +203,15 @@ def test_a_weight_of_zero_leaves_a_model_out(hub, tmp_path, monkeypatch):
     assert {name for name in merged[0] if not torch.equal(merged[0][name], merged[1][name])} == {
         name for name in merged[0] if "mlp" in name
     }
+
+
+@pytest.mark.parametrize("hub", ["qwen2"], indirect=True)
+def test_a_model_may_hold_its_tied_head(hub, tmp_path, monkeypatch):
+    """Or leave it out: of models that tie head and embedding, both kinds of file are about."""
+    shutil.copytree(hub, tmp_path / "hub")
+    monkeypatch.chdir(tmp_path / "hub")
+    weights = load_file("org/one/model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, "org/one/model.safetensors")
+    text = "models: [{model: org/one}, {model: org/two}]\nmerge_method: task_arithmetic\nbase_model: org/base\n"
+    (tmp_path / "merge.yml").write_text(text + "parameters: {weight: 0.5}")
+    assert "lm_head.weight" not in read(tmp_path / "merge.yml").task_vectors.base
