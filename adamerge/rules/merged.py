@@ -5,7 +5,7 @@ from torch import Tensor
 
 from adamerge.deltas import AnyDeltas
 from adamerge.packed import Packed
-from adamerge.rules.base import Correction, Rule, Transform
+from adamerge.rules.base import Correction, Rule, Transform, transform
 from adamerge.task_vectors import TaskVectors
 
 
@@ -30,11 +30,13 @@ class Merged(Transform):
 
     @torch.no_grad()
     def __call__(self, task_vectors: TaskVectors) -> TaskVectors:
-        from adamerge.merge import plan
+        from adamerge.merge import stages
+        from adamerge.rules.combining import MergedState
 
         old = task_vectors.load()
+        transforms, rule, corrections = stages(self.rules)
         changes: dict[str, list[Tensor]] = {}
-        for stack, change in plan(old, self.rules).changes():
+        for stack, change in MergedState(old, transform(old, transforms), rule, corrections).changes():
             changes.setdefault(stack.name, []).append(change)
 
         def part(name: str, deltas: AnyDeltas) -> AnyDeltas:
