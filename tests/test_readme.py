@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from adamerge.__main__ import main as adamerge_command
 from trainers.cli import main
 from trainers.compare import main as compare
 from trainers.recommend import main as recommend
@@ -34,6 +36,11 @@ def folder(tmp_path, monkeypatch):
         images, labels = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8), np.arange(30) % 3
         arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
         np.savez(tmp_path / f"data/{task}.npz", classes=np.array(["a", "b", "c"]), **arrays)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    for model in ("llama", "llama-math", "llama-code"):
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "models" / model)
     return tmp_path
 
 
@@ -66,6 +73,10 @@ def shell(block: str) -> None:
             several(compare, shlex.split(line)[3:], "--seeds", "0")
         elif line.startswith("python -m trainers.recommend "):
             several(recommend, shlex.split(line)[3:], "--steps", "2")
+        elif line.startswith("python -m adamerge "):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", shlex.split(line)[2:])
+                adamerge_command()
         elif line.startswith("make "):
             subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, check=True, capture_output=True)
         else:
@@ -89,10 +100,12 @@ def test_every_block_runs_in_order(folder):
         elif kind == "python":
             python(block, names)
         elif kind == "yaml":
-            Path("tasks.yaml").write_text(block)
+            named = re.match(r"# ([\w.]+\.yaml)\n", block)
+            Path(named[1] if named else "tasks.yaml").write_text(block)
     assert {"bash", "python", "yaml"} <= set(kinds)
     assert Path("runs/local/results.json").exists()
     assert Path("merged.safetensors").exists()
+    assert AutoModelForCausalLM.from_pretrained("merged").generate(max_new_tokens=2, min_new_tokens=2).shape == (1, 3)
     assert names["top" if "top" in names else "weights"]
 
 
