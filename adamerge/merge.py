@@ -47,7 +47,8 @@ def merge(
         InputError: for no rule or several, for stages that make no sense in this order, and for a pattern that matches
             no tensor.
     """
-    return in_memory(plan(task_vectors, rules, scale, exclude, split_fused_qkv), task_vectors.tied)
+    planned = plan_split if split_fused_qkv else plan
+    return in_memory(planned(task_vectors, rules, scale, exclude), task_vectors.tied)
 
 
 @torch.no_grad()
@@ -56,9 +57,8 @@ def plan(
     rules: Sequence[Step] = (TaskArithmetic(),),
     scale: Scale = 1.0,
     exclude: Sequence[str] = (),
-    split_fused_qkv: bool = False,
     dtype: torch.dtype | None = None,
-) -> MergedState | Joined:
+) -> MergedState:
     """As `merge`, but each tensor is computed when it is asked for; passes over all tensors are made here.
 
     `dtype` is that of the merged floats, the base's by default.
@@ -66,14 +66,21 @@ def plan(
     transforms, rule, corrections = stages(rules)
     rule.check(task_vectors.tasks)
     if exclude:
-        task_vectors = task_vectors.without(
-            name for pattern in exclude for name in matching(pattern, task_vectors.base)
-        )
-    if not split_fused_qkv:
-        return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale, dtype)
+        names = list(task_vectors.base)
+        task_vectors = task_vectors.without(name for pattern in exclude for name in matching(pattern, names))
+    return MergedState(task_vectors, transform(task_vectors, transforms), rule, corrections, scale, dtype)
+
+
+def plan_split(
+    task_vectors: TaskVectors,
+    rules: Sequence[Step] = (TaskArithmetic(),),
+    scale: Scale = 1.0,
+    exclude: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Joined:
+    """As `plan`, with queries, keys and values that are fused in one tensor merged as three."""
     parts, thirds = split(task_vectors)
-    state = MergedState(parts, transform(parts, transforms), rule, corrections, scale, dtype)
-    return Joined(state, thirds, task_vectors.base)
+    return Joined(plan(parts, rules, scale, exclude, dtype), thirds, task_vectors.base)
 
 
 def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Correction[Any]]]:

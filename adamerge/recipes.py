@@ -1,6 +1,5 @@
 """Recipes: a merge described in a YAML file, and the job that it comes down to."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -100,8 +99,9 @@ def read(path: Path) -> Job:
     if not isinstance(values, dict):
         raise InputError(f"{path} is no recipe: expected keys such as base, experts and rules")
     if "merge_method" in values:
-        found: Job = importlib.import_module("adamerge.mergekit").read(path)
-        return found
+        from adamerge import mergekit  # which knows jobs
+
+        return mergekit.read(path)
     return job(parse(values), path.parent)
 
 

@@ -19,7 +19,7 @@ from adamerge.checkpoints import meta
 from adamerge.errors import InputError
 from adamerge.files import json_file, write_text
 from adamerge.fused import Joined
-from adamerge.merge import plan
+from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
 from adamerge.rules.combining import MergedState
 from adamerge.rules.magnitudes import survey
@@ -48,7 +48,8 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
     asked = {"recipe": plain(job.recipe), "files": identities(job.sources), "versions": _versions()}
     partial = _begin(output.parent / f".{output.name}.partial", asked, console)
     with _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
-        state = plan(job.task_vectors, job.rules, job.scale, job.exclude, job.split_fused_qkv, job.dtype)
+        planned = plan_split if job.split_fused_qkv else plan
+        state = planned(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
         write_weights(state, files, partial, advance)
     if job.copy_from is not None:
         copy_companions(job.copy_from, partial, _config_changes(job))
