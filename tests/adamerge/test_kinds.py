@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adamerge.kinds import block_of, kind
+from adamerge.kinds import block_of, depths, kind, role
 
 FLOAT, INTEGER = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
 
@@ -54,3 +54,43 @@ def test_blocks_keep_every_name_in_its_order():
     blocks = block_of(iter(names))
     assert list(blocks) == names
     assert list(blocks.values()) == ["head", "blocks.10", "blocks.1", "blocks.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("transformer.wte.weight", "embedding"),
+        ("bert.embeddings.word_embeddings.weight", "embedding"),
+        ("text_model.embeddings.token_embedding.weight", "embedding"),
+        ("embeddings.position_embedding.weight", None),
+        ("lm_head.weight", "head"),
+        ("head.bias", "head"),
+        ("model.norm.weight", "final"),
+        ("transformer.ln_f.bias", "final"),
+        ("visual.proj", "final"),
+        ("norm.weight", "final"),
+        ("blocks.3.norm.weight", None),
+        ("model.layers.0.self_attn.q_proj.weight", None),
+        ("transformer.resblocks.0.attn.in_proj_weight", "qkv"),
+        ("blocks.11.attn.qkv.bias", "qkv"),
+        ("h.2.attn.c_attn.weight", "qkv"),
+        ("h.2.attn.c_proj.weight", None),
+    ],
+)
+def test_roles(name, expected):
+    assert role(name) == expected
+
+
+def test_depth_is_counted_in_each_stack():
+    names = [
+        "wte.weight",
+        "vision.layers.0.w",
+        "vision.layers.4.w",
+        "text.h.0.w",
+        "text.h.1.w",
+        "text.h.2.w",
+        "ln_f.bias",
+    ]
+    assert list(depths(names).values()) == [0, 0, 1, 0, 0.5, 1, 1]
+    assert depths(["only.0.w"]) == {"only.0.w": 0}
