@@ -138,10 +138,11 @@ class TaskVectors:
         """Base and deltas of one tensor, or of some of its rows (of its first axis)."""
         if rows is None:
             return self.base[name], self.deltas[name]
-        base, deltas = rows_of(self.base, name, rows), self.deltas
-        if isinstance(deltas, _Differences | _Changed):
-            return base, deltas.rows(name, rows)
-        return base, dense(deltas[name])[:, rows]
+        deltas = self.deltas
+        if not isinstance(deltas, _Differences | _Changed):
+            return rows_of(self.base, name, rows), dense(deltas[name])[:, rows]
+        start, changes = deltas.rows(name, rows)
+        return start if self.base is deltas.base else rows_of(self.base, name, rows), changes
 
     def _replaced(self, base: State, deltas: Mapping[str, AnyDeltas]) -> "TaskVectors":
         new = TaskVectors(base, deltas, self.tasks, self.tied, self._fingerprints)
@@ -210,10 +211,10 @@ class _Differences(Mapping[str, Tensor]):
         """Base and experts of one tensor, checked to be finite."""
         return self._base(name), list(self._experts(name))
 
-    def rows(self, name: str, rows: slice) -> Tensor:
-        """Deltas of some rows of one tensor."""
+    def rows(self, name: str, rows: slice) -> tuple[Tensor, Tensor]:
+        """Base and deltas of some rows of one tensor."""
         base = _finite("the base", name, rows_of(self.base, name, rows))
-        return self.stack(base, self._experts(name, rows))
+        return base, self.stack(base, self._experts(name, rows))
 
     def stack(self, base: Tensor, experts: Iterator[Tensor]) -> Tensor:
         """[K, *shape] differences, in float32 or better; each expert is let go before the next is read."""
@@ -258,9 +259,15 @@ class _Changed(Mapping[str, AnyDeltas]):
         """The same for fewer tensors."""
         return _Changed(self.source.only(names), self.change, self.elementwise)
 
-    def rows(self, name: str, rows: slice) -> AnyDeltas:
-        """Some rows of one tensor, if the change is elementwise."""
-        return self.change(name, self.source.rows(name, rows))
+    @property
+    def base(self) -> State:
+        """The base that the files' deltas were taken from."""
+        return self.source.base
+
+    def rows(self, name: str, rows: slice) -> tuple[Tensor, AnyDeltas]:
+        """That base and the changed deltas, for some rows of one tensor, if the change is elementwise."""
+        base, deltas = self.source.rows(name, rows)
+        return base, self.change(name, deltas)
 
     def __getitem__(self, name: str) -> AnyDeltas:
         return self.change(name, self.source[name])
