@@ -57,9 +57,7 @@ def test_a_base_in_a_file_and_experts_that_are_read_when_asked_for(base, experts
         assert all(torch.equal(found.expert(task)[name], value) for name, value in expected.expert(task).items())
 
 
-@pytest.mark.parametrize(
-    ("rule", "bits"), [(OneBit(), 8), (ComPeft(), 16), (Emr(), 32 + 8), (TallMask(), 32 + 8)], ids=str
-)
+@pytest.mark.parametrize(("rule", "bits"), [(OneBit(), 8), (ComPeft(), 16), (Emr(), 32 + 8), (TallMask(), 32 + 8)])
 def test_eight_experts_take_as_many_bits_an_element(tmp_path, rule, bits):
     base = {"w": torch.randn(200, 300), "frozen": torch.randn(200, 300)}
     experts = {str(k): {"w": base["w"] + torch.randn(200, 300), "frozen": base["frozen"]} for k in range(8)}
