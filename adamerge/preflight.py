@@ -24,8 +24,8 @@ from adamerge.scales import matching, per_tensor
 from adamerge.task_vectors import PIECE
 from adamerge.threads import WORKERS
 
-#: What Python, torch and the libraries take by themselves, about.
-_PROGRAM = 500 * 10**6
+#: What Python, torch and the libraries take by themselves, with samples and counters of thresholds, about.
+_PROGRAM = 850 * 10**6
 
 
 def report(job: Job, output: Path | None = None) -> RenderableType:
@@ -60,7 +60,7 @@ def _rows(job: Job, merged: list[str], written: int) -> Iterable[tuple[str, str]
     likes = {name: meta(base, name) for name in base}
     yield "models", f"base, {', '.join(vectors.tasks)}"
     elements = sum(like.numel() for like in likes.values())
-    yield "tensors", f"{len(likes)} with {elements / 1e6:,.2f} million parameters, {_dtypes(likes.values())}"
+    yield "tensors", f"{len(likes)} with {elements:,} parameters, {_dtypes(likes.values())}"
     kinds = Counter(kind(name, likes[name]) if name in merged else "kept" for name in likes)
     words = {"parameter": "merged", "statistics": "averaged over the experts", "kept": "copied from the base"}
     yield "of these", ", ".join(f"{count} {words[which]}" for which, count in kinds.items())

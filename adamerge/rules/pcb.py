@@ -48,6 +48,7 @@ class Pcb(Rule[Competition]):
     """
 
     elementwise = True
+    passes = 9  # one to see what has changed, two for each of four quantiles
 
     def __init__(self, keep: float = 0.1, clip: float = 1e-4) -> None:
         if not (0 < keep <= 1 and 0 <= clip < 0.5):
