@@ -41,7 +41,7 @@ def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
             console.print(f"merged into {run(job, output, console)}", highlight=False)
     except InputError as error:
         console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
