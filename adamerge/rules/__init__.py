@@ -5,10 +5,12 @@ from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, W
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
 from adamerge.rules.fold import Fold, fold
+from adamerge.rules.iso import IsoC
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
+from adamerge.rules.matrices import Matrices
 from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
@@ -20,6 +22,7 @@ from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.stock import ModelStock
 from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
+from adamerge.rules.tsv import TsvM
 from adamerge.rules.widen import Widen
 
 __all__ = [
@@ -34,12 +37,14 @@ __all__ = [
     "Emr",
     "Expo",
     "Fold",
+    "IsoC",
     "Karcher",
     "LayerSwap",
     "LearnedCoefficients",
     "Linear",
     "Lines",
     "MagMax",
+    "Matrices",
     "Mean",
     "Merged",
     "MetaGpt",
@@ -62,6 +67,7 @@ __all__ = [
     "Transform",
     "Trim",
     "TruncatedSVD",
+    "TsvM",
     "WeightRule",
     "Widen",
     "fold",

@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import pytest
@@ -32,12 +32,14 @@ from adamerge.rules import (
     Emr,
     Expo,
     Fold,
+    IsoC,
     Karcher,
     LayerSwap,
     LearnedCoefficients,
     Linear,
     Lines,
     MagMax,
+    Matrices,
     Mean,
     Merged,
     MetaGpt,
@@ -58,6 +60,7 @@ from adamerge.rules import (
     Transform,
     Trim,
     TruncatedSVD,
+    TsvM,
     Widen,
 )
 
@@ -132,6 +135,7 @@ CASES = [
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
     # A merge of one expert and one more; statistics too.
     Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
+    Case(IsoC, alone=False, identical="other"),  # flattens the spectrum
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
@@ -177,6 +181,8 @@ CASES = [
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
+    Case(TsvM, identical="other"),  # keeps r/K directions of each
+    Case(TsvM, {"matrices": Matrices(average="embed", convolutions=True)}, identical="other"),
     Case(Widen, identical="other"),  # adds up what is important
 ]
 
@@ -207,7 +213,8 @@ def test_every_exported_rule_has_an_entry(rule):
 def test_configurations_build_it(case):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(case.rule, "rule", fail_untyped=True)
-    built = parser.instantiate(parser.parse_object({"rule": case.given()})).rule
+    given = {name: asdict(value) if is_dataclass(value) else value for name, value in case.given().items()}
+    built = parser.instantiate(parser.parse_object({"rule": given})).rule
     assert type(built) is case.rule
 
 
