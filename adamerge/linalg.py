@@ -12,7 +12,10 @@ from torch import Tensor
 from adamerge.errors import InputError
 
 #: Relative to the largest singular value: below it, a Gram matrix in float64 tells nothing.
-_RESOLUTION = 1e-7
+RESOLUTION = 1e-7
+
+#: Below this singular value of unit vectors side by side, some coincide: a polar factor would make up other directions.
+COINCIDE = 1e-3
 
 
 def leading(matrix: Tensor, rank: int, name: str, least: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +68,6 @@ def _left_vectors(matrix: Tensor, right: Tensor, least: Tensor | float) -> tuple
     """U [..., m, r] and σ [..., r] that belong to V [..., n, r]."""
     scaled = matrix @ right
     values = torch.linalg.vector_norm(scaled, dim=-2)
-    kept = (values > least) & (values > _RESOLUTION * values.amax(-1, keepdim=True))
+    kept = (values > least) & (values > RESOLUTION * values[..., :1])
     values = torch.where(kept, values, 0)
     return torch.where(kept.unsqueeze(-2), scaled / torch.where(kept, values, 1).unsqueeze(-2), 0), values

@@ -2,10 +2,11 @@
 
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
+from adamerge.rules.cart import Cart
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
 from adamerge.rules.fold import Fold, fold
-from adamerge.rules.iso import IsoC
+from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
@@ -19,7 +20,9 @@ from adamerge.rules.sce import Sce
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
+from adamerge.rules.star import Star
 from adamerge.rules.stock import ModelStock
+from adamerge.rules.svc import Svc
 from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
 from adamerge.rules.tsv import TsvM
@@ -28,6 +31,7 @@ from adamerge.rules.widen import Widen
 __all__ = [
     "Breadcrumbs",
     "Cabs",
+    "Cart",
     "ComPeft",
     "Consensus",
     "Correction",
@@ -38,6 +42,7 @@ __all__ = [
     "Expo",
     "Fold",
     "IsoC",
+    "IsoCts",
     "Karcher",
     "LayerSwap",
     "LearnedCoefficients",
@@ -62,6 +67,8 @@ __all__ = [
     "Sce",
     "Slerp",
     "Stack",
+    "Star",
+    "Svc",
     "TallMask",
     "TaskArithmetic",
     "Transform",

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from adamerge.linalg import leading, polar
+from adamerge.linalg import COINCIDE, leading, polar
 from adamerge.rules.base import Stack
 from adamerge.rules.matrices import MatrixRule, batches, rounding, side_by_side
-
-#: Below this singular value of the vectors side by side, directions coincide: whitening would make up others.
-COINCIDE = 1e-3
 
 
 def tsvm(deltas: Tensor, name: str, least: float = 0.0) -> Tensor:

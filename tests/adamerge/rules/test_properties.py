@@ -23,6 +23,7 @@ from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
+    Cart,
     ComPeft,
     Consensus,
     Correction,
@@ -33,6 +34,7 @@ from adamerge.rules import (
     Expo,
     Fold,
     IsoC,
+    IsoCts,
     Karcher,
     LayerSwap,
     LearnedCoefficients,
@@ -55,6 +57,8 @@ from adamerge.rules import (
     Rule,
     Sce,
     Slerp,
+    Star,
+    Svc,
     TallMask,
     TaskArithmetic,
     Transform,
@@ -125,6 +129,7 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
 CASES = [
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
     Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
+    Case(Cart, moves_base=True),  # from the mean
     Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
@@ -136,6 +141,7 @@ CASES = [
     # A merge of one expert and one more; statistics too.
     Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
     Case(IsoC, alone=False, identical="other"),  # flattens the spectrum
+    Case(IsoCts, alone=False, identical="other"),  # flattens the spectrum
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
@@ -176,6 +182,9 @@ CASES = [
     Case(Sce, {"keep": 1.0}),
     Case(Slerp, experts=2),
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
+    Case(Star, alone=False, identical="other"),  # drops directions
+    Case(Star, {"keep": 1.0}, identical="sum"),
+    Case(Svc, identical="other"),  # matrices as the expert, what is none summed
     Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
