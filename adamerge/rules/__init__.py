@@ -7,6 +7,7 @@ from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
 from adamerge.rules.fold import Fold, fold
 from adamerge.rules.iso import IsoC, IsoCts
+from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
@@ -21,6 +22,7 @@ from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.star import Star
+from adamerge.rules.stf import Stf
 from adamerge.rules.stock import ModelStock
 from adamerge.rules.svc import Svc
 from adamerge.rules.swap import LayerSwap, NearSwap
@@ -37,6 +39,7 @@ __all__ = [
     "Correction",
     "Dare",
     "Della",
+    "Drm",
     "ElectSign",
     "Emr",
     "Expo",
@@ -44,6 +47,7 @@ __all__ = [
     "IsoC",
     "IsoCts",
     "Karcher",
+    "KnOts",
     "LayerSwap",
     "LearnedCoefficients",
     "Linear",
@@ -68,6 +72,7 @@ __all__ = [
     "Slerp",
     "Stack",
     "Star",
+    "Stf",
     "Svc",
     "TallMask",
     "TaskArithmetic",

@@ -29,6 +29,7 @@ from adamerge.rules import (
     Correction,
     Dare,
     Della,
+    Drm,
     ElectSign,
     Emr,
     Expo,
@@ -36,6 +37,7 @@ from adamerge.rules import (
     IsoC,
     IsoCts,
     Karcher,
+    KnOts,
     LayerSwap,
     LearnedCoefficients,
     Linear,
@@ -58,6 +60,7 @@ from adamerge.rules import (
     Sce,
     Slerp,
     Star,
+    Stf,
     Svc,
     TallMask,
     TaskArithmetic,
@@ -134,6 +137,8 @@ CASES = [
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
+    Case(Drm, alone=False, identical="other"),  # drops entries
+    Case(Drm, {"keep": 1.0, "vertical": True}),
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
     Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
@@ -144,6 +149,8 @@ CASES = [
     Case(IsoCts, alone=False, identical="other"),  # flattens the spectrum
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
+    Case(KnOts, {"rules": [Mean()]}),
+    Case(KnOts, {"rules": [Trim(0.3), ElectSign("mean")], "vertical": True}, alone=False, identical="other"),  # drops
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
     Case(LearnedCoefficients, table),
     Case(Linear),
@@ -184,6 +191,7 @@ CASES = [
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
     Case(Star, alone=False, identical="other"),  # drops directions
     Case(Star, {"keep": 1.0}, identical="sum"),
+    Case(Stf, identical="other"),  # keeps r/K directions of each
     Case(Svc, identical="other"),  # matrices as the expert, what is none summed
     Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),
