@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.linalg import right_vectors
 
 #: Above this many elements, 32-bit positions do not reach.
 _INT32 = 2**31 - 1
@@ -186,15 +187,7 @@ def _truncate(matrix: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     if exact.shape[0] < exact.shape[1]:
         right, left = _truncate(matrix.T, rank, name)
         return left.T.contiguous(), right.T.contiguous()
-    try:
-        # The right singular vectors are the eigenvectors of the small Gram matrix, several times faster than an SVD.
-        # A Gram matrix squares the condition number, so that it is taken in float64.
-        basis = torch.linalg.eigh(exact.T @ exact).eigenvectors[:, -rank:].flip(-1)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        try:
-            basis = torch.linalg.svd(exact, full_matrices=False).Vh[:rank].T
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise InputError(f"{name} has no singular value decomposition here; leave it out: {error}") from error
+    basis = right_vectors(exact, name)[:, :rank]
     return (exact @ basis).to(matrix.dtype), basis.T.to(matrix.dtype).contiguous()
 
 

@@ -2,13 +2,17 @@
 
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
+from adamerge.rules.cart import Cart
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
 from adamerge.rules.fold import Fold, fold
+from adamerge.rules.iso import IsoC, IsoCts
+from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
+from adamerge.rules.matrices import Matrices
 from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
@@ -17,29 +21,39 @@ from adamerge.rules.sce import Sce
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
+from adamerge.rules.star import Star
+from adamerge.rules.stf import Stf
 from adamerge.rules.stock import ModelStock
+from adamerge.rules.svc import Svc
 from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
+from adamerge.rules.tsv import TsvM
 from adamerge.rules.widen import Widen
 
 __all__ = [
     "Breadcrumbs",
     "Cabs",
+    "Cart",
     "ComPeft",
     "Consensus",
     "Correction",
     "Dare",
     "Della",
+    "Drm",
     "ElectSign",
     "Emr",
     "Expo",
     "Fold",
+    "IsoC",
+    "IsoCts",
     "Karcher",
+    "KnOts",
     "LayerSwap",
     "LearnedCoefficients",
     "Linear",
     "Lines",
     "MagMax",
+    "Matrices",
     "Mean",
     "Merged",
     "MetaGpt",
@@ -57,11 +71,15 @@ __all__ = [
     "Sce",
     "Slerp",
     "Stack",
+    "Star",
+    "Stf",
+    "Svc",
     "TallMask",
     "TaskArithmetic",
     "Transform",
     "Trim",
     "TruncatedSVD",
+    "TsvM",
     "WeightRule",
     "Widen",
     "fold",

@@ -99,6 +99,10 @@ class MergedState(Mapping[str, Tensor]):
                 for rows in self.pieces(name):
                     yield self._corrected(_stack(self.transformed, name, rows), rows)
 
+    def change(self, name: str) -> Tensor:
+        """The change of one parameter tensor, [*shape], before the scale."""
+        return self._corrected(_stack(self.transformed, name, None), None)[1]
+
     def _corrected(self, stack: Stack, rows: slice | None) -> tuple[Stack, Tensor]:
         """The stack before any transform, and the change of it after all corrections that are fitted."""
         change = self.rule.combine(stack, self._statistics)

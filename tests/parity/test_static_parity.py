@@ -1,10 +1,11 @@
-"""Elementwise rules against a reference implementation: no difference at all in float64."""
+"""Static rules against a reference implementation, in float64: elementwise ones without any difference at all."""
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from adamerge import TaskVectors, merge
-from adamerge.rules import ElectSign, MagMax, Mean, TaskArithmetic, Transform, Trim
+from adamerge.rules import ElectSign, IsoC, MagMax, Mean, TaskArithmetic, Transform, Trim, TsvM
 from adamerge.rules.dare import dare
 
 
@@ -32,6 +33,15 @@ def test_elementwise_merges(shared, task_vectors, file, rules, scale):
     for name, value in merged.items():
         assert value.dtype == torch.float64
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("file", "rule"), [("tsvm_alpha_None", TsvM()), ("iso_c", IsoC())])
+def test_spectral_merges(shared, task_vectors, file, rule):
+    expected = torch.load(shared / f"parity/{file}.pt", weights_only=True)["fp64"]["merged"]
+    merged = merge(task_vectors, rules=[rule])
+    assert set(merged) == set(expected)
+    for name, value in merged.items():
+        assert_close(value, expected[name], rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_dare_given_its_masks(shared, task_vectors):

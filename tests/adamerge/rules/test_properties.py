@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import pytest
@@ -23,21 +23,27 @@ from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
+    Cart,
     ComPeft,
     Consensus,
     Correction,
     Dare,
     Della,
+    Drm,
     ElectSign,
     Emr,
     Expo,
     Fold,
+    IsoC,
+    IsoCts,
     Karcher,
+    KnOts,
     LayerSwap,
     LearnedCoefficients,
     Linear,
     Lines,
     MagMax,
+    Matrices,
     Mean,
     Merged,
     MetaGpt,
@@ -53,11 +59,15 @@ from adamerge.rules import (
     Rule,
     Sce,
     Slerp,
+    Star,
+    Stf,
+    Svc,
     TallMask,
     TaskArithmetic,
     Transform,
     Trim,
     TruncatedSVD,
+    TsvM,
     Widen,
 )
 
@@ -122,18 +132,25 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
 CASES = [
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
     Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
+    Case(Cart, moves_base=True),  # from the mean
     Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
+    Case(Drm, alone=False, identical="other"),  # drops entries
+    Case(Drm, {"keep": 1.0, "vertical": True}),
     Case(ElectSign, identical="sum"),
     Case(ElectSign, {"combine": "mean"}),
     Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
     # A merge of one expert and one more; statistics too.
     Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
+    Case(IsoC, alone=False, identical="other"),  # flattens the spectrum
+    Case(IsoCts, alone=False, identical="other"),  # flattens the spectrum
     Case(Karcher),
     Case(Karcher, {"on": "task_vectors"}),
+    Case(KnOts, {"rules": [Mean()]}),
+    Case(KnOts, {"rules": [Trim(0.3), ElectSign("mean")], "vertical": True}, alone=False, identical="other"),  # drops
     Case(LayerSwap, {"outer": "digits", "inner": "letters", "bottom": 1, "top": 1}, experts=2),
     Case(LearnedCoefficients, table),
     Case(Linear),
@@ -172,11 +189,17 @@ CASES = [
     Case(Sce, {"keep": 1.0}),
     Case(Slerp, experts=2),
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
+    Case(Star, alone=False, identical="other"),  # drops directions
+    Case(Star, {"keep": 1.0}, identical="sum"),
+    Case(Stf, identical="other"),  # keeps r/K directions of each
+    Case(Svc, identical="other"),  # matrices as the expert, what is none summed
     Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),
     Case(Trim, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
+    Case(TsvM, identical="other"),  # keeps r/K directions of each
+    Case(TsvM, {"matrices": Matrices(average="embed", convolutions=True)}, identical="other"),
     Case(Widen, identical="other"),  # adds up what is important
 ]
 
@@ -207,7 +230,8 @@ def test_every_exported_rule_has_an_entry(rule):
 def test_configurations_build_it(case):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(case.rule, "rule", fail_untyped=True)
-    built = parser.instantiate(parser.parse_object({"rule": case.given()})).rule
+    given = {name: asdict(value) if is_dataclass(value) else value for name, value in case.given().items()}
+    built = parser.instantiate(parser.parse_object({"rule": given})).rule
     assert type(built) is case.rule
 
 

@@ -1,0 +1,102 @@
+"""Which tensors a rule over matrices sees as matrices."""
+
+import re
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adamerge.deltas import AnyDeltas, dense
+from adamerge.errors import InputError
+from adamerge.rules.base import PerTensor, Rule, Stack
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What is a matrix: tensors of two axes, embeddings among them, as in the code of the papers.
+
+    Queries, keys and values in one tensor are one matrix, unless `adamerge.merge` is told to split them.
+
+    Attributes:
+        average: a regular expression; tensors in whose names it is found are averaged, as vectors are.
+        convolutions: whether tensors of more than two axes are matrices too, [shape[0], rest].
+    """
+
+    average: str | None = None
+    convolutions: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.average or "")
+        except re.error as error:
+            raise InputError(f"average={self.average!r} in Matrices is no regular expression: {error}") from error
+
+    def match(self, name: str, shape: torch.Size) -> bool:
+        """Whether a tensor is seen as a matrix."""
+        if len(shape) < 2 or (len(shape) > 2 and not self.convolutions):
+            return False
+        return self.average is None or re.search(self.average, name) is None
+
+
+#: The default: every tensor of two axes, as it is.
+TWO_AXES = Matrices()
+
+
+class MatrixRule(Rule[None]):
+    """A rule for matrices. Every other tensor is averaged.
+
+    Args:
+        matrices: which tensors are matrices.
+    """
+
+    def __init__(self, matrices: Matrices = TWO_AXES) -> None:
+        self.matrices = matrices
+
+    @abstractmethod
+    def matrix(self, stack: Stack) -> Tensor:
+        """The change of one matrix, [m, n], of deltas [K, m, n] that are not all zero."""
+
+    def combine(self, stack: Stack, statistics: None) -> Tensor:
+        if not self.matrices.match(stack.name, stack.base.shape):
+            return stack.deltas.mean(0)
+        if not bool(stack.deltas.any()):
+            return torch.zeros_like(stack.base)
+        change = self.matrix(replace(stack, base=stack.base.flatten(1), deltas=stack.deltas.flatten(2)))
+        return change.view(stack.base.shape).to(stack.deltas.dtype)
+
+
+class MatrixTransform(PerTensor[None]):
+    """A transform of matrices, expert by expert. Every other tensor stays.
+
+    Args:
+        matrices: which tensors are matrices.
+    """
+
+    def __init__(self, matrices: Matrices = TWO_AXES) -> None:
+        self.matrices = matrices
+
+    @abstractmethod
+    def matrix(self, deltas: Tensor, name: str) -> Tensor:
+        """The new deltas of one matrix, [K, m, n]."""
+
+    def tensor(self, name: str, deltas: AnyDeltas, statistics: None) -> AnyDeltas:
+        if not self.matrices.match(name, deltas.shape[1:]):
+            return deltas
+        return self.matrix(dense(deltas).flatten(2), name).view(deltas.shape).to(deltas.dtype)
+
+
+def rounding(stack: Stack) -> float:
+    """Below this, singular values of Σₖ Δₖ are what rounding the weights leaves: ε (|θ₀| + maxₖ |Δₖ|)."""
+    base, *deltas = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (stack.base, *stack.deltas))
+    return torch.finfo(stack.deltas.dtype).eps * (base + max(deltas))
+
+
+def batches(deltas: Tensor) -> tuple[Tensor, ...]:
+    """[K, m, n] at once on a GPU, and one after the other, in less memory, elsewhere."""
+    return (deltas,) if deltas.is_cuda else deltas.split(1)
+
+
+def side_by_side(left: Tensor) -> Tensor:
+    """[K, m, r] -> [m, K·r]."""
+    return left.transpose(0, 1).flatten(1)
