@@ -4,6 +4,7 @@ from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
+from adamerge.rules.fisher import Fisher
 from adamerge.rules.fold import Fold, fold
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
@@ -13,6 +14,7 @@ from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
+from adamerge.rules.regmean import RegMean
 from adamerge.rules.sce import Sce
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -33,6 +35,7 @@ __all__ = [
     "ElectSign",
     "Emr",
     "Expo",
+    "Fisher",
     "Fold",
     "Karcher",
     "LayerSwap",
@@ -53,6 +56,7 @@ __all__ = [
     "Prune",
     "Ram",
     "Rebase",
+    "RegMean",
     "Rule",
     "Sce",
     "Slerp",
