@@ -5,6 +5,7 @@ from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, W
 from adamerge.rules.cart import Cart
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
+from adamerge.rules.fisher import Fisher
 from adamerge.rules.fold import Fold, fold
 from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
@@ -17,6 +18,7 @@ from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
+from adamerge.rules.regmean import RegMean
 from adamerge.rules.sce import Sce
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -43,6 +45,7 @@ __all__ = [
     "ElectSign",
     "Emr",
     "Expo",
+    "Fisher",
     "Fold",
     "IsoC",
     "IsoCts",
@@ -67,6 +70,7 @@ __all__ = [
     "Prune",
     "Ram",
     "Rebase",
+    "RegMean",
     "Rule",
     "Sce",
     "Slerp",

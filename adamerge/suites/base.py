@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,6 +31,12 @@ class HeadWeights:
     bias: Tensor | None = None
     normalize: bool = False
     scale: float = 1.0
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [B, C] of features [B, D]."""
+        features = F.normalize(features, dim=-1) if self.normalize else features
+        bias = None if self.bias is None else self.bias.to(features)
+        return self.scale * F.linear(features, self.weight.to(features), bias)
 
 
 class FineTune(Protocol):

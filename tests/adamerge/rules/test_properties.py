@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 import adamerge.rules
 from adamerge import CoefficientTable, InputError, TaskVectors, merge
+from adamerge.observing import Observation
 from adamerge.rules import (
     Breadcrumbs,
     Cabs,
@@ -33,6 +34,7 @@ from adamerge.rules import (
     ElectSign,
     Emr,
     Expo,
+    Fisher,
     Fold,
     IsoC,
     IsoCts,
@@ -56,6 +58,7 @@ from adamerge.rules import (
     Prune,
     Ram,
     Rebase,
+    RegMean,
     Rule,
     Sce,
     Slerp,
@@ -70,6 +73,7 @@ from adamerge.rules import (
     TsvM,
     Widen,
 )
+from adamerge.statistics import Statistics
 
 State = dict[str, Tensor]
 TASKS = ("digits", "letters", "signs")
@@ -128,6 +132,26 @@ def table(tasks: Sequence[str]) -> dict[str, Any]:
     return {"table": CoefficientTable({name: dict.fromkeys(tasks, 1 / len(tasks)) for name in SHAPES})}
 
 
+def measured(tasks: Sequence[str]) -> dict[str, Any]:
+    """Statistics of these experts: Grams of the square of a matrix, one of them with inputs that are always 0."""
+    found = {}
+    for task in tasks:
+        rng = torch.Generator().manual_seed(100 + TASKS.index(task))
+        tensors = {}
+        for name in ("blocks.0.weight", "blocks.1.weight", "blocks.2.weight", "wide.weight", "column"):
+            rows, columns = SHAPES[name]
+            x = torch.randn(2 * columns, columns, generator=rng, dtype=torch.float64)
+            y = torch.randn(2 * rows, rows, generator=rng, dtype=torch.float64)
+            x[:, :3] *= name != "blocks.1.weight"
+            tensors |= {f"gram/{name}": x.T @ x, f"output_gram/{name}": y.T @ y}
+            tensors |= {f"magnitude/{name}": x.abs().mean(0)}
+        for name, shape in SHAPES.items():
+            tensors[f"fisher/{name}"] = torch.randn(shape, generator=rng, dtype=torch.float64).square()
+        tensors["fisher/vector"] = torch.zeros(7, dtype=torch.float64)
+        found[task] = Observation(tensors)
+    return {"statistics": Statistics(found)}
+
+
 # A line per rule, more where arguments make another rule of it, alphabetically. What transforms leave is summed.
 CASES = [
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
@@ -143,6 +167,8 @@ CASES = [
     Case(ElectSign, {"combine": "mean"}),
     Case(Emr, identical="sum", adds_up=True, bound=3.0),  # what is left of ±τ is as large as τ was
     Case(Expo, experts=1, identical="other"),  # goes further than the expert
+    Case(Fisher, measured, bound=1.0),
+    Case(Fisher, lambda tasks: {**measured(tasks), "normalize": False}, bound=1.0),
     # A merge of one expert and one more; statistics too.
     Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
     Case(IsoC, alone=False, identical="other"),  # flattens the spectrum
@@ -185,6 +211,8 @@ CASES = [
     Case(Ram),
     Case(Ram, {"rescale": 0.1}),
     Case(Rebase, {"scale": 0.5}, identical="other", moves_base=True),  # its base is a merge
+    Case(RegMean, measured, bound=40.0),  # a row answers few inputs, whatever it does to others
+    Case(RegMean, lambda tasks: {**measured(tasks), "rho": 0.0}, bound=1.0),
     Case(Sce, {"keep": 0.3}),
     Case(Sce, {"keep": 1.0}),
     Case(Slerp, experts=2),

@@ -1,0 +1,213 @@
+"""What one model does with inputs: the statistics of its layers' inputs, outputs and gradients, in one pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.batches import Likelihoods, Logits, Targets, call, each, example, masks_of, output_logits, size, wide
+from adamerge.errors import InputError
+
+#: What can be measured; see `observe`.
+Measure = Literal["gram", "magnitude", "output_gram", "fisher", "sensitivity"]
+
+_GRADIENTS: tuple[Measure, ...] = ("fisher", "sensitivity")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was measured of one model.
+
+    Attributes:
+        tensors: by "measure/parameter", `"gram/blocks.0.fc1.weight"` say.
+        shared: weights whose inputs are always those of another (queries, keys and values): its name. Statistics of
+            inputs are kept under that one alone.
+        transposed: weights [in, out], as GPT-2 has them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+    def key(self, measure: Measure, name: str) -> str:
+        """Where a statistic of a parameter is kept."""
+        return f"{measure}/{self.shared.get(name, name) if measure in ('gram', 'magnitude') else name}"
+
+    def has(self, measure: Measure, name: str) -> bool:
+        """Whether a statistic of a parameter was measured."""
+        return self.key(measure, name) in self.tensors
+
+    def find(self, measure: Measure, name: str) -> Tensor | None:
+        """One statistic of one parameter; None where it was not measured."""
+        return self.tensors[self.key(measure, name)] if self.has(measure, name) else None
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    measures: Sequence[Measure] = ("gram",),
+    targets: Targets = "sampled",
+    logits: Logits = output_logits,
+    seed: int = 0,
+) -> Observation:
+    """Statistics of a model over batches, folded as they come: memory does not grow with the number of examples.
+
+    For a linear layer y = W x (`nn.Linear`, or the transposed `Conv1D` of Hugging Face's GPT-2):
+
+    | measure       | of                              | what                                                           |
+    |---------------|---------------------------------|----------------------------------------------------------------|
+    | `gram`        | linear layers                   | mean over tokens of x xᵀ, [in, in]                             |
+    | `magnitude`   | linear layers and norms         | mean over tokens of |x|, [in]                                  |
+    | `output_gram` | linear layers                   | Σ over tokens of g gᵀ, mean over examples; g = ∂ log p / ∂y    |
+    | `fisher`      | every parameter that has a gradient | mean over examples of (∂ log p / ∂θ)², sample by sample    |
+    | `sensitivity` | every parameter that has a gradient | |Σ θ · ∂ log p / ∂θ|, a scalar, of the mean over examples  |
+
+    log p is the log-likelihood of `targets`, summed over the positions of a sequence. Padding does not count: tokens
+    where an `attention_mask` of the batch is 0. The model should be in evaluation mode; it is not changed.
+
+    Args:
+        model: called with a batch. Its parameters need `requires_grad` where gradients are measured.
+        batches: tensors, tuples (inputs, labels), or dicts of keyword arguments, whose `labels` are not handed on. The
+            first axis of every tensor counts examples.
+        measures: what is wanted.
+        targets: see `Targets`. Only "labels" needs labels (−100 is left out); "enumerated" takes one backward pass for
+            each class.
+        logits: finds the logits, [B, C] or [B, T, C], in the model's output.
+        seed: of what is drawn for "sampled".
+
+    Raises:
+        InputError: without batches; for an unknown measure, labels that are missing, masks that cannot be told apart,
+            and layers that share their inputs at times only.
+    """
+    if unknown := sorted(set(measures) - set(get_args(Measure))):
+        raise InputError(f"expected measures among {', '.join(get_args(Measure))}, got {unknown[0]!r}")
+    sums = _Sums(model, frozenset(measures))
+    likelihoods = Likelihoods(targets, logits, torch.Generator().manual_seed(seed))
+    device = next(model.parameters()).device
+    for batch in batches:
+        sums.examples += size(batch)
+        batch = each(batch, lambda tensor: tensor.to(device))
+        if {"gram", "magnitude", "output_gram"} & sums.measures:
+            sums.add_activations(batch, likelihoods)
+        if set(_GRADIENTS) & sums.measures:
+            for index in range(size(batch)):
+                sums.add_gradients(example(batch, index), likelihoods)
+    return sums.observation()
+
+
+class _Sums:
+    """Running sums of everything that is measured."""
+
+    def __init__(self, model: nn.Module, measures: frozenset[str]) -> None:
+        self.model, self.measures, self.examples = model, measures, 0
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.shared: dict[str, str] = {}
+        modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+        self.linear = {name: module for name, module in modules.items() if _is_linear(module)}
+        norms = {name: module for name, module in modules.items() if "magnitude" in measures and _is_norm(module)}
+        self.hooked = self.linear | norms
+        self._last: tuple[Any, int, str] = (None, -1, "")
+
+    def add(self, key: str, value: Tensor) -> None:
+        value = value.detach()
+        if key in self.sums:
+            self.sums[key] += value
+        else:
+            self.sums[key] = value.clone()
+
+    def add_activations(self, batch: Any, likelihoods: "Likelihoods") -> None:
+        masks = masks_of(batch)
+        outputs: list[tuple[str, Tensor]] = []
+        with ExitStack() as hooks, torch.set_grad_enabled("output_gram" in self.measures):
+            for name, module in self.hooked.items():
+
+                def hook(module: nn.Module, given: Any, output: Tensor, name: str = name) -> None:
+                    self._input(name, given[0], masks)
+                    if "output_gram" in self.measures and name in self.linear:
+                        outputs.append((name, output))
+
+                hooks.callback(module.register_forward_hook(hook).remove)
+            output = call(self.model, batch)
+        self._last = (None, -1, "")
+        if "output_gram" in self.measures:
+            for objective in likelihoods(output, batch, masks):
+                gradients = torch.autograd.grad(
+                    objective, [y for _, y in outputs], retain_graph=True, allow_unused=True
+                )
+                for (name, _), gradient in zip(outputs, gradients, strict=True):
+                    if gradient is not None:
+                        rows = wide(gradient.flatten(0, -2))
+                        self.add(f"output_gram/{name}", rows.T @ rows)
+
+    def _input(self, name: str, x: Tensor, masks: Mapping[str, Tensor]) -> None:
+        rows = wide(_tokens(x.detach(), masks, name))
+        seen, self.tokens[name] = name in self.tokens, self.tokens.get(name, 0) + len(rows)
+        last, last_version, source = self._last
+        again = last is x and last_version == x._version and (name in self.linear) == (source in self.linear)
+        if name in self.shared and not (again and source == self.shared[name]):
+            raise InputError(f"{name} has the inputs of {self.shared[name]} in some calls and others in others")
+        if again and not seen and source != name:
+            self.shared[name] = source
+        if name in self.shared:
+            return
+        self._last = (x, x._version, name)
+        if "gram" in self.measures and name in self.linear:
+            self.add(f"gram/{name}", rows.T @ rows)
+        if "magnitude" in self.measures:
+            self.add(f"magnitude/{name}", rows.abs().sum(0))
+
+    def add_gradients(self, example: Any, likelihoods: "Likelihoods") -> None:
+        with torch.enable_grad():
+            output = call(self.model, example)
+            parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            for objective in likelihoods(output, example, masks_of(example)):
+                values = tuple(parameters.values())
+                gradients = torch.autograd.grad(objective, values, retain_graph=True, allow_unused=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None and "fisher" in self.measures:
+                        self.add(f"fisher/{name}", wide(gradient).square())
+                    if gradient is not None and "sensitivity" in self.measures:
+                        self.add(f"sensitivity/{name}", (wide(gradient) * wide(parameters[name])).sum())
+
+    def observation(self) -> Observation:
+        if not self.examples:
+            raise InputError("no batch was given: nothing can be measured")
+        for name, source in self.shared.items():
+            if self.tokens[name] != self.tokens[source]:
+                raise InputError(f"{name} has the inputs of {source} in some calls only")
+        tensors = {}
+        for key, total in self.sums.items():
+            measure, name = key.split("/", 1)
+            # max: a layer may have seen nothing but padding.
+            count = max(self.tokens[name], 1) if measure in ("gram", "magnitude") else self.examples
+            tensors[key] = (total / count).abs() if measure == "sensitivity" else total / count
+        transposed = frozenset(name for name, module in self.linear.items() if not isinstance(module, nn.Linear))
+        return Observation(tensors, dict(self.shared), transposed)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and (
+        isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and weight.dim() == 2)
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def _tokens(x: Tensor, masks: Mapping[str, Tensor], name: str) -> Tensor:
+    """[tokens, in] of inputs [B, in] or [B, T, in] (or [B · T, in]), without padding."""
+    fits = [
+        mask for mask in masks.values()
+        if (x.dim() > 2 and mask.shape == x.shape[:-1]) or (x.dim() == 2 and len(x) == mask.numel() != len(mask))
+    ]  # fmt: skip
+    if any(not torch.equal(mask, fits[0]) for mask in fits[1:]):
+        raise InputError(f"{' and '.join(masks)} both fit the inputs of {name}: pad them to different lengths")
+    rows = x.flatten(0, -2)
+    return rows[fits[0].flatten().bool()] if fits else rows
