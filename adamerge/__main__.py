@@ -1,4 +1,4 @@
-"""The command line: `adamerge merge recipe.yaml --output merged/`."""
+"""The command line: `adamerge merge recipe.yaml --output merged/`, `adamerge inspect recipe.yaml --output report/`."""
 
 import sys
 from pathlib import Path
@@ -18,6 +18,14 @@ def parser() -> ArgumentParser:
     merging.add_argument("--output", type=Path, help="the folder to write: one that does not exist, or is empty")
     merging.add_argument("--dry-run", action="store_true", help="say what would be done; read and write no weights")
     commands.add_subcommand("merge", merging, help="merge experts as a recipe says")
+    looking = ArgumentParser(
+        description="Look into the experts of a recipe before they are merged: cosines, norms, signs and spectra by "
+        "block, which pair fights, what a merge takes and which rule is worth trying."
+    )
+    looking.add_argument("recipe", type=Path, help="a YAML file as `merge` takes it; its rules are not applied")
+    looking.add_argument("--output", type=Path, help="the folder for report.txt, report.json and figures")
+    looking.add_argument("--matrices", type=int, default=32, help="how many to decompose, evenly from first to last")
+    commands.add_subcommand("inspect", looking, help="look into the experts of a recipe")
     return top
 
 
@@ -45,10 +53,34 @@ def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
         sys.exit(1)
 
 
+def inspect(recipe: Path, output: Path | None, matrices: int) -> None:
+    """Look into the experts of a recipe, and say what is found."""
+    from rich.console import Console
+
+    from adamerge.errors import InputError
+    from adamerge.inspecting import report
+    from adamerge.recipes import read
+
+    console = Console(stderr=True)
+    try:
+        found = report.inspect(read(recipe), matrices, console)
+        Console().print(report.show(found))
+        if output is not None:
+            report.write(found, output)
+            console.print(f"written into {output}", highlight=False)
+    except InputError as error:
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
 def main() -> None:
     """What the console script `adamerge` runs."""
     asked = parser().parse_args()
-    merge(asked.merge.recipe, asked.merge.output, asked.merge.dry_run)
+    if asked.command == "inspect":
+        inspect(asked.inspect.recipe, asked.inspect.output, asked.inspect.matrices)
+    else:
+        merge(asked.merge.recipe, asked.merge.output, asked.merge.dry_run)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _rows(job: Job, merged: list[str], written: int) -> Iterable[tuple[str, str]
     reads, each = passes(job) + 1, decimal(sum(like.nbytes for like in likes.values()) * (len(vectors.tasks) + 1))
     yield "reads", f"{reads} × {each}" if reads > 1 else each
     yield "writes", decimal(written)
-    yield "memory", f"about {decimal(_memory(job, merged))}"
+    yield "memory", f"about {decimal(memory(job))}"
 
 
 def _merged(job: Job) -> list[str]:
@@ -90,9 +90,9 @@ def _fits(step: object) -> int:
     return int(getattr(type(step), "fit", Rule.fit) not in plain)
 
 
-def _memory(job: Job, merged: list[str]) -> int:
-    """About the peak: some copies of all experts' share of a piece in each thread, or of the largest tensor in one."""
-    largest = max((meta(job.task_vectors.base, name).numel() for name in merged), default=0)
+def memory(job: Job) -> int:
+    """Bytes at the peak, about: copies of all experts' share of a piece in each thread, or of the largest tensor."""
+    largest = max((meta(job.task_vectors.base, name).numel() for name in _merged(job)), default=0)
     models = len(job.task_vectors.tasks) + 2
     if all(getattr(step, "elementwise", False) for step in job.rules):
         return _PROGRAM + 4 * models * min(PIECE, largest) * 4 * WORKERS
