@@ -15,6 +15,7 @@ from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.matrices import Matrices
 from adamerge.rules.merged import Merged
+from adamerge.rules.opcm import Opcm
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
@@ -31,6 +32,7 @@ from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
 from adamerge.rules.tsv import TsvM
 from adamerge.rules.widen import Widen
+from adamerge.rules.wudi import Wudi
 
 __all__ = [
     "Breadcrumbs",
@@ -65,6 +67,7 @@ __all__ = [
     "NearSwap",
     "NuSlerp",
     "OneBit",
+    "Opcm",
     "Pcb",
     "PerTensor",
     "Prune",
@@ -86,6 +89,7 @@ __all__ = [
     "TsvM",
     "WeightRule",
     "Widen",
+    "Wudi",
     "fold",
     "transform",
 ]

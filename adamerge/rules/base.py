@@ -108,13 +108,14 @@ class Folds(ABC):
     """What a rule can do whose outcome for n + 1 experts follows from that for n and from one more (see `Fold`)."""
 
     @abstractmethod
-    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+    def add(self, change: Tensor, delta: Tensor, count: int, name: str) -> Tensor:
         """The change that `count` experts and one more are combined to; twice as large where both arguments are.
 
         Args:
             change: that of the `count` experts, [*shape].
             delta: of the expert that joins them, [*shape].
             count: how many were there before.
+            name: of the tensor.
         """
 
 

@@ -26,7 +26,6 @@ class Fold(Rule[None]):
         scale: the scale that the merge so far was made with. That of this merge stays 1.
     """
 
-    elementwise = True
     keeps_statistics = True
 
     def __init__(self, rule: Rule, count: int, scale: float = 1.0) -> None:  # type: ignore[type-arg]
@@ -36,6 +35,7 @@ class Fold(Rule[None]):
         if count < 1:
             raise InputError(f"expected count to be the number of experts in the merge so far, 1 or more, got {count}")
         self.rule, self.count, self.scale = rule, count, scale
+        self.elementwise = rule.elementwise
 
     def check(self, tasks: tuple[str, ...]) -> None:
         check_count(2, tasks, "Fold")
@@ -43,8 +43,8 @@ class Fold(Rule[None]):
     def combine(self, stack: Stack, statistics: None) -> Tensor:
         so_far, new = stack.deltas
         if kind(stack.name, stack.base) == "statistics":
-            return Mean().add(so_far, new, self.count)
-        return self.rule.add(so_far, self.scale * new, self.count)
+            return Mean().add(so_far, new, self.count, stack.name)
+        return self.rule.add(so_far, self.scale * new, self.count, stack.name)
 
 
 def fold(

@@ -22,7 +22,7 @@ class TaskArithmetic(Rule[None], Folds):
     def combine(self, stack: Stack, statistics: None) -> Tensor:
         return stack.deltas.sum(0)
 
-    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+    def add(self, change: Tensor, delta: Tensor, count: int, name: str) -> Tensor:
         return change + delta
 
 
@@ -40,7 +40,7 @@ class Mean(Rule[None], Folds):
         mean = (experts * stack.base + stack.deltas.sum(0)) / experts
         return torch.lerp(stack.base, mean, scale)
 
-    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+    def add(self, change: Tensor, delta: Tensor, count: int, name: str) -> Tensor:
         return (count * change + delta) / (count + 1)
 
 

@@ -20,7 +20,7 @@ class MagMax(Rule[None], Folds):
     def combine(self, stack: Stack, statistics: None) -> Tensor:
         return reduce(larger, stack.deltas)
 
-    def add(self, change: Tensor, delta: Tensor, count: int) -> Tensor:
+    def add(self, change: Tensor, delta: Tensor, count: int, name: str) -> Tensor:
         return larger(change, delta)
 
 

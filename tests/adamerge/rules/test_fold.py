@@ -59,7 +59,7 @@ def test_files_are_folded_as_they_are_merged(base, experts, tmp_path):
 
 def test_what_cannot_be_folded_is_refused(base, experts):
     with pytest.raises(
-        InputError, match=r"MetaGpt needs all experts at once; rules that can be folded are MagMax, Mean, Task"
+        InputError, match=r"MetaGpt needs all experts at once; rules that can be folded are MagMax, Mean, Opcm, Task"
     ):
         Fold(MetaGpt(), 2)
     with pytest.raises(InputError, match=r"expected count to be the number of experts .* got 0"):

@@ -54,6 +54,7 @@ from adamerge.rules import (
     NearSwap,
     NuSlerp,
     OneBit,
+    Opcm,
     Pcb,
     Prune,
     Ram,
@@ -72,6 +73,7 @@ from adamerge.rules import (
     TruncatedSVD,
     TsvM,
     Widen,
+    Wudi,
 )
 from adamerge.statistics import Statistics
 
@@ -206,6 +208,8 @@ CASES = [
     Case(NuSlerp, {"weights": {"letters": 1.0, "digits": 3.0}, "per": "row"}, experts=2),
     Case(NuSlerp, {"per": "column", "on": "task_vectors"}, experts=2),
     Case(OneBit, alone=False, identical="other"),  # keeps signs
+    Case(Opcm, identical="other", ordered=True, adds_up=True),  # what is in it already is left out
+    Case(Opcm, {"rescale": False}, identical="other", ordered=True),
     Case(Pcb, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Prune, {"keep": 0.3}, alone=False, identical="other"),  # drops entries
     Case(Ram),
@@ -229,6 +233,8 @@ CASES = [
     Case(TsvM, identical="other"),  # keeps r/K directions of each
     Case(TsvM, {"matrices": Matrices(average="embed", convolutions=True)}, identical="other"),
     Case(Widen, identical="other"),  # adds up what is important
+    Case(Wudi, {"steps": 20}, identical="other"),  # from the sum
+    Case(Wudi, {"ridge": 0.1}, identical="other"),
 ]
 
 
