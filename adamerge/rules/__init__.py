@@ -5,6 +5,7 @@ from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, W
 from adamerge.rules.cart import Cart
 from adamerge.rules.consensus import Consensus
 from adamerge.rules.dare import Dare, Della
+from adamerge.rules.doge import Doge
 from adamerge.rules.fisher import Fisher
 from adamerge.rules.fold import Fold, fold
 from adamerge.rules.iso import IsoC, IsoCts
@@ -43,6 +44,7 @@ __all__ = [
     "Correction",
     "Dare",
     "Della",
+    "Doge",
     "Drm",
     "ElectSign",
     "Emr",

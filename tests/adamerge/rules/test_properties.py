@@ -30,6 +30,7 @@ from adamerge.rules import (
     Correction,
     Dare,
     Della,
+    Doge,
     Drm,
     ElectSign,
     Emr,
@@ -163,6 +164,7 @@ CASES = [
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
+    Case(Doge, {"steps": 10}, alone=False, identical="other"),  # drops entries, of another length
     Case(Drm, alone=False, identical="other"),  # drops entries
     Case(Drm, {"keep": 1.0, "vertical": True}),
     Case(ElectSign, identical="sum"),
