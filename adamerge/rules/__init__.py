@@ -1,5 +1,6 @@
 """Merging rules and transforms of task vectors: one small typed class each."""
 
+from adamerge.rules.aim import Aim
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.cart import Cart
@@ -14,11 +15,12 @@ from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.matrices import Matrices
+from adamerge.rules.mats import MaTs
 from adamerge.rules.merged import Merged
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
-from adamerge.rules.regmean import RegMean
+from adamerge.rules.regmean import RegMean, RegMeanPlusPlus
 from adamerge.rules.sce import Sce
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
@@ -33,6 +35,7 @@ from adamerge.rules.tsv import TsvM
 from adamerge.rules.widen import Widen
 
 __all__ = [
+    "Aim",
     "Breadcrumbs",
     "Cabs",
     "Cart",
@@ -55,6 +58,7 @@ __all__ = [
     "LearnedCoefficients",
     "Linear",
     "Lines",
+    "MaTs",
     "MagMax",
     "Matrices",
     "Mean",
@@ -71,6 +75,7 @@ __all__ = [
     "Ram",
     "Rebase",
     "RegMean",
+    "RegMeanPlusPlus",
     "Rule",
     "Sce",
     "Slerp",

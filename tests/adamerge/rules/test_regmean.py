@@ -122,4 +122,11 @@ def test_what_is_missing_is_said_before_work_starts(tmp_path, experts, inputs):
 def test_a_singular_sum_of_grams_is_named():
     gram = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     with pytest.raises(InputError, match="head: the sum of its Grams is singular"):
-        regression_mean(torch.ones(1, 2, 2), [gram], 1.0, 1e-6, "head")
+        regression_mean(torch.ones(1, 2, 2), [gram], 1.0, 1e-6, name="head")
+
+
+def test_relative_errors_let_no_expert_outvote_the_others():
+    """Two experts on the same inputs, one of which moved ten times as far: c = 1 : 1/100."""
+    deltas = torch.tensor([[[1.0, 2.0]], [[-20.0, 10.0]]], dtype=torch.float64)
+    merged = regression_mean(deltas, [torch.eye(2)] * 2, 1.0, 1e-12, relative=True)
+    assert_close(merged, torch.tensor([[(1 - 0.2) / 1.01, (2 + 0.1) / 1.01]], dtype=torch.float64))
