@@ -1,5 +1,6 @@
 """What one model does with inputs: the statistics of its layers' inputs, outputs and gradients, in one pass."""
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from adamerge.batches import Likelihoods, Logits, Targets, call, each, example, masks_of, output_logits, size, wide
 from adamerge.errors import InputError
 
-#: What can be measured; see `observe`.
-Measure = Literal["gram", "merged_gram", "magnitude", "output_gram", "fisher", "sensitivity"]
+#: What can be measured; see `observe`, and `adamerge.agreement` for how experts agree.
+Measure = Literal["gram", "merged_gram", "magnitude", "output_gram", "fisher", "sensitivity", "agreement"]
 
 _INPUTS = ("gram", "merged_gram", "magnitude")
 _GRADIENTS: tuple[Measure, ...] = ("fisher", "sensitivity")
@@ -34,12 +35,22 @@ class Observation:
     transposed: frozenset[str] = frozenset()
 
     def key(self, measure: Measure, name: str) -> str:
-        """Where a statistic of a parameter is kept."""
-        return f"{measure}/{self.shared.get(name, name) if measure in _INPUTS else name}"
+        """Where a statistic of a parameter is kept: for a part of fused queries, keys and values, that of the whole."""
+        if measure not in _INPUTS:
+            return f"{measure}/{name}"
+        whole = _whole(name)
+        return f"{measure}/{self.shared.get(whole, whole)}"
 
     def has(self, measure: Measure, name: str) -> bool:
         """Whether a statistic of a parameter was measured."""
+        whole = _whole(name)
+        if measure not in _INPUTS and name != whole and f"{measure}/{whole}" in self.tensors:
+            raise InputError(f"the {measure} of {whole} was measured as a whole: merge without split_fused_qkv")
         return self.key(measure, name) in self.tensors
+
+    def flipped(self, name: str) -> bool:
+        """Whether a weight is [in, out]."""
+        return _whole(name) in self.transposed
 
     def find(self, measure: Measure, name: str) -> Tensor | None:
         """One statistic of one parameter; None where it was not measured."""
@@ -86,8 +97,9 @@ def observe(
         InputError: without batches; for an unknown measure, labels that are missing, masks that cannot be told apart,
             and layers that share their inputs at times only.
     """
-    if unknown := sorted(set(measures) - set(get_args(Measure))):
-        raise InputError(f"expected measures among {', '.join(get_args(Measure))}, got {unknown[0]!r}")
+    known = [measure for measure in get_args(Measure) if measure != "agreement"]
+    if unknown := sorted(set(measures) - set(known)):
+        raise InputError(f"expected measures among {', '.join(known)}, got {unknown[0]!r}")
     sums = _Sums(model, frozenset(measures), layers)
     likelihoods = Likelihoods(targets, logits, torch.Generator().manual_seed(seed))
     device = next(model.parameters()).device
@@ -192,6 +204,11 @@ class _Sums:
             tensors[key] = (total / count).abs() if measure == "sensitivity" else total / count
         transposed = frozenset(name for name, module in self.linear.items() if not isinstance(module, nn.Linear))
         return Observation(tensors, dict(self.shared), transposed)
+
+
+def _whole(name: str) -> str:
+    """The fused tensor that `adamerge.fused` has taken a part from; any other name as it is."""
+    return re.sub(r"(weight|bias)\.(query|key|value)$", r"\1", name)
 
 
 def _is_linear(module: nn.Module) -> bool:

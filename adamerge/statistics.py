@@ -80,7 +80,7 @@ class Statistics:
 
     def transposed(self, name: str) -> bool:
         """Whether a weight is [in, out]."""
-        return any(name in observation.transposed for observation in self.observations.values())
+        return any(observation.flipped(name) for observation in self.observations.values())
 
     def check(self, measures: Sequence[Measure], tasks: Sequence[str], owner: str) -> None:
         """Raise InputError for an expert of which these were not measured; `owner` needs them."""

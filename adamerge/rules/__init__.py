@@ -22,6 +22,7 @@ from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
 from adamerge.rules.regmean import RegMean, RegMeanPlusPlus
 from adamerge.rules.sce import Sce
+from adamerge.rules.sens import SensMerging
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
@@ -78,6 +79,7 @@ __all__ = [
     "RegMeanPlusPlus",
     "Rule",
     "Sce",
+    "SensMerging",
     "Slerp",
     "Stack",
     "Star",

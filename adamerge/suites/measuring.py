@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from adamerge.agreement import with_agreement
 from adamerge.batches import Targets
 from adamerge.data import fetch
 from adamerge.errors import InputError
@@ -97,8 +98,13 @@ def _informed(step: AnyStep, suite: Suite, labels: bool) -> AnyStep:
     if isinstance(step, RegMeanPlusPlus):
         batches = {part.task: part.batches for part in _parts(suite)}
         step.statistics = collect_through(suite.backbone(), suite.task_vectors(), batches, step)
-    else:
-        step.statistics = collect_suite(suite, step.measures, "labels" if step.labelled else "sampled", step.of_base)
+        return step
+    measures = [measure for measure in step.measures if measure != "agreement"]
+    step.statistics = collect_suite(suite, measures, "labels" if step.labelled else "sampled", step.of_base)
+    if "agreement" in step.measures:
+        parts, (_, experts) = _parts(suite), suite.states()
+        batches, logits = {p.task: p.batches for p in parts}, {p.task: p.head.logits for p in parts}
+        step.statistics = with_agreement(step.statistics, suite.backbone(), experts, batches, logits)
     return step
 
 

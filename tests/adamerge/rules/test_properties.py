@@ -64,6 +64,7 @@ from adamerge.rules import (
     RegMeanPlusPlus,
     Rule,
     Sce,
+    SensMerging,
     Slerp,
     Star,
     Stf,
@@ -149,8 +150,10 @@ def measured(tasks: Sequence[str]) -> dict[str, Any]:
             tensors |= {f"gram/{name}": x.T @ x, f"merged_gram/{name}": x.T @ x, f"output_gram/{name}": y.T @ y}
             tensors |= {f"magnitude/{name}": x.abs().mean(0)}
         for name, shape in SHAPES.items():
+            tensors[f"sensitivity/{name}"] = torch.rand((), generator=rng, dtype=torch.float64)
             tensors[f"fisher/{name}"] = torch.randn(shape, generator=rng, dtype=torch.float64).square()
         tensors["fisher/vector"] = torch.zeros(7, dtype=torch.float64)
+        tensors |= {f"agreement/{other}": torch.tensor((len(task) - len(other)) / 10) for other in tasks}
         found[task] = Observation(tensors)
     return {"statistics": Statistics(found)}
 
@@ -224,6 +227,7 @@ CASES = [
     Case(RegMeanPlusPlus, measured, bound=40.0),
     Case(Sce, {"keep": 0.3}),
     Case(Sce, {"keep": 1.0}),
+    Case(SensMerging, measured, alone=False, identical="other"),  # another factor per block
     Case(Slerp, experts=2),
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
     Case(Star, alone=False, identical="other"),  # drops directions
