@@ -1,6 +1,7 @@
 """What one model does with inputs: the statistics of its layers' inputs, outputs and gradients, in one pass."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from adamerge.batches import Likelihoods, Logits, Targets, call, each, example, masks_of, output_logits, size, wide
 from adamerge.errors import InputError
 
-#: What can be measured; see `observe`.
-Measure = Literal["gram", "magnitude", "output_gram", "fisher", "sensitivity"]
+#: What can be measured; see `observe`, and `adamerge.agreement` for how experts agree.
+Measure = Literal["gram", "merged_gram", "magnitude", "output_gram", "fisher", "sensitivity", "agreement"]
 
+_INPUTS = ("gram", "merged_gram", "magnitude")
 _GRADIENTS: tuple[Measure, ...] = ("fisher", "sensitivity")
 
 
@@ -33,12 +35,22 @@ class Observation:
     transposed: frozenset[str] = frozenset()
 
     def key(self, measure: Measure, name: str) -> str:
-        """Where a statistic of a parameter is kept."""
-        return f"{measure}/{self.shared.get(name, name) if measure in ('gram', 'magnitude') else name}"
+        """Where a statistic of a parameter is kept: for a part of fused queries, keys and values, that of the whole."""
+        if measure not in _INPUTS:
+            return f"{measure}/{name}"
+        whole = _whole(name)
+        return f"{measure}/{self.shared.get(whole, whole)}"
 
     def has(self, measure: Measure, name: str) -> bool:
         """Whether a statistic of a parameter was measured."""
+        whole = _whole(name)
+        if measure not in _INPUTS and name != whole and f"{measure}/{whole}" in self.tensors:
+            raise InputError(f"the {measure} of {whole} was measured as a whole: merge without split_fused_qkv")
         return self.key(measure, name) in self.tensors
+
+    def flipped(self, name: str) -> bool:
+        """Whether a weight is [in, out]."""
+        return _whole(name) in self.transposed
 
     def find(self, measure: Measure, name: str) -> Tensor | None:
         """One statistic of one parameter; None where it was not measured."""
@@ -52,6 +64,7 @@ def observe(
     targets: Targets = "sampled",
     logits: Logits = output_logits,
     seed: int = 0,
+    layers: Container[str] | None = None,
 ) -> Observation:
     """Statistics of a model over batches, folded as they come: memory does not grow with the number of examples.
 
@@ -60,6 +73,7 @@ def observe(
     | measure       | of                              | what                                                           |
     |---------------|---------------------------------|----------------------------------------------------------------|
     | `gram`        | linear layers                   | mean over tokens of x xᵀ, [in, in]                             |
+    | `merged_gram` | linear layers                   | as `gram`, where the model is a merge up to there              |
     | `magnitude`   | linear layers and norms         | mean over tokens of |x|, [in]                                  |
     | `output_gram` | linear layers                   | Σ over tokens of g gᵀ, mean over examples; g = ∂ log p / ∂y    |
     | `fisher`      | every parameter that has a gradient | mean over examples of (∂ log p / ∂θ)², sample by sample    |
@@ -77,20 +91,22 @@ def observe(
             each class.
         logits: finds the logits, [B, C] or [B, T, C], in the model's output.
         seed: of what is drawn for "sampled".
+        layers: names of the weights whose inputs and outputs are measured; default: all.
 
     Raises:
         InputError: without batches; for an unknown measure, labels that are missing, masks that cannot be told apart,
             and layers that share their inputs at times only.
     """
-    if unknown := sorted(set(measures) - set(get_args(Measure))):
-        raise InputError(f"expected measures among {', '.join(get_args(Measure))}, got {unknown[0]!r}")
-    sums = _Sums(model, frozenset(measures))
+    known = [measure for measure in get_args(Measure) if measure != "agreement"]
+    if unknown := sorted(set(measures) - set(known)):
+        raise InputError(f"expected measures among {', '.join(known)}, got {unknown[0]!r}")
+    sums = _Sums(model, frozenset(measures), layers)
     likelihoods = Likelihoods(targets, logits, torch.Generator().manual_seed(seed))
     device = next(model.parameters()).device
     for batch in batches:
         sums.examples += size(batch)
         batch = each(batch, lambda tensor: tensor.to(device))
-        if {"gram", "magnitude", "output_gram"} & sums.measures:
+        if {*_INPUTS, "output_gram"} & sums.measures:
             sums.add_activations(batch, likelihoods)
         if set(_GRADIENTS) & sums.measures:
             for index in range(size(batch)):
@@ -101,12 +117,13 @@ def observe(
 class _Sums:
     """Running sums of everything that is measured."""
 
-    def __init__(self, model: nn.Module, measures: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, measures: frozenset[str], layers: Container[str] | None) -> None:
         self.model, self.measures, self.examples = model, measures, 0
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.shared: dict[str, str] = {}
         modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+        modules = {name: module for name, module in modules.items() if layers is None or name in layers}
         self.linear = {name: module for name, module in modules.items() if _is_linear(module)}
         norms = {name: module for name, module in modules.items() if "magnitude" in measures and _is_norm(module)}
         self.hooked = self.linear | norms
@@ -155,8 +172,8 @@ class _Sums:
         if name in self.shared:
             return
         self._last = (x, x._version, name)
-        if "gram" in self.measures and name in self.linear:
-            self.add(f"gram/{name}", rows.T @ rows)
+        for measure in {"gram", "merged_gram"} & self.measures if name in self.linear else ():
+            self.add(f"{measure}/{name}", rows.T @ rows)
         if "magnitude" in self.measures:
             self.add(f"magnitude/{name}", rows.abs().sum(0))
 
@@ -183,10 +200,15 @@ class _Sums:
         for key, total in self.sums.items():
             measure, name = key.split("/", 1)
             # max: a layer may have seen nothing but padding.
-            count = max(self.tokens[name], 1) if measure in ("gram", "magnitude") else self.examples
+            count = max(self.tokens[name], 1) if measure in _INPUTS else self.examples
             tensors[key] = (total / count).abs() if measure == "sensitivity" else total / count
         transposed = frozenset(name for name, module in self.linear.items() if not isinstance(module, nn.Linear))
         return Observation(tensors, dict(self.shared), transposed)
+
+
+def _whole(name: str) -> str:
+    """The fused tensor that `adamerge.fused` has taken a part from; any other name as it is."""
+    return re.sub(r"(weight|bias)\.(query|key|value)$", r"\1", name)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from adamerge.errors import InputError
 from adamerge.files import cache_folder, replacing
 from adamerge.fingerprint import fingerprint
 from adamerge.observing import Measure, Observation, observe
+from adamerge.task_vectors import BASE
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Statistics:
 
     def transposed(self, name: str) -> bool:
         """Whether a weight is [in, out]."""
-        return any(name in observation.transposed for observation in self.observations.values())
+        return any(observation.flipped(name) for observation in self.observations.values())
 
     def check(self, measures: Sequence[Measure], tasks: Sequence[str], owner: str) -> None:
         """Raise InputError for an expert of which these were not measured; `owner` needs them."""
@@ -91,6 +92,35 @@ class Statistics:
             for measure in measures:
                 if not any(key.startswith(f"{measure}/") for key in self.observations[task].tensors):
                     raise InputError(f"{owner} needs the {measure} of {task!r}, which was not measured: collect it")
+
+
+class Informed:
+    """What rules have in common that take statistics: put it before `Rule` or `Correction` among the bases.
+
+    Attributes:
+        measures: what is needed of every expert.
+        labelled: whether it must have been measured with labels.
+        of_base: whether it is needed of the base, on the data of all tasks, and not of the experts.
+        statistics: them, or their folder. None for those of the suite that a run is on; nothing else can merge then.
+    """
+
+    measures: ClassVar[tuple[Measure, ...]]
+    labelled: ClassVar[bool] = False
+    of_base: ClassVar[bool] = False
+    statistics: Statistics | str | Path | None
+
+    def check(self, tasks: tuple[str, ...]) -> None:
+        """Raise InputError for experts of which something was not measured."""
+        self.opened().check(self.measures, (BASE,) if self.of_base else tasks, type(self).__name__)
+
+    def opened(self) -> Statistics:
+        """The statistics; raises InputError where there are none."""
+        if self.statistics is None:
+            raise InputError(
+                f"{type(self).__name__} needs statistics of the experts on their data: give it those that "
+                "adamerge.statistics.collect measured, or the folder where they were saved"
+            )
+        return Statistics.open(self.statistics)
 
 
 def collect(

@@ -16,6 +16,7 @@ from adamerge.export import export
 from adamerge.objectives import entropy
 from adamerge.rules import Transform, transform
 from adamerge.suites import Suite
+from adamerge.suites.measuring import informed
 from modules import Coefficients, Correction, Elements, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.checkpoints import ENTRY, check_entry, entry
 from trainers.checks import check, useless
@@ -112,7 +113,7 @@ class Adaptation(LearningModule):
         self.suite.check()
         heads = {task: Head(self.suite.head(task)) for task in self.suite.tasks}
         features = next(iter(heads.values())).weight.shape[1]
-        vectors = transform(self.suite.task_vectors(), self.transforms)
+        vectors = transform(self.suite.task_vectors(), informed(self.transforms, self.suite, self.allow_labels))
         self.model = MergedModel(
             self.suite.backbone(), vectors, self.coefficients, self.router, features, self.suite.scale, self.elements
         )

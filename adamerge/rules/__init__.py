@@ -1,5 +1,6 @@
 """Merging rules and transforms of task vectors: one small typed class each."""
 
+from adamerge.rules.aim import Aim
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.base import Correction, PerTensor, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.cart import Cart
@@ -15,13 +16,15 @@ from adamerge.rules.lines import Lines
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.matrices import Matrices
+from adamerge.rules.mats import MaTs
 from adamerge.rules.merged import Merged
 from adamerge.rules.opcm import Opcm
 from adamerge.rules.pcb import Pcb
 from adamerge.rules.prune import Breadcrumbs, Cabs, Prune
 from adamerge.rules.ram import Ram
-from adamerge.rules.regmean import RegMean
+from adamerge.rules.regmean import RegMean, RegMeanPlusPlus
 from adamerge.rules.sce import Sce
+from adamerge.rules.sens import SensMerging
 from adamerge.rules.signs import ComPeft, OneBit
 from adamerge.rules.slerp import Karcher, MultiSlerp, NuSlerp, Slerp
 from adamerge.rules.spectral import TruncatedSVD
@@ -36,6 +39,7 @@ from adamerge.rules.widen import Widen
 from adamerge.rules.wudi import Wudi
 
 __all__ = [
+    "Aim",
     "Breadcrumbs",
     "Cabs",
     "Cart",
@@ -59,6 +63,7 @@ __all__ = [
     "LearnedCoefficients",
     "Linear",
     "Lines",
+    "MaTs",
     "MagMax",
     "Matrices",
     "Mean",
@@ -76,8 +81,10 @@ __all__ = [
     "Ram",
     "Rebase",
     "RegMean",
+    "RegMeanPlusPlus",
     "Rule",
     "Sce",
+    "SensMerging",
     "Slerp",
     "Stack",
     "Star",

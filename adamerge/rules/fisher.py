@@ -1,6 +1,7 @@
 """Fisher averaging: every weight as the experts that depend on it want it."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -8,14 +9,15 @@ from torch import Tensor
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
 from adamerge.kinds import kind
+from adamerge.observing import Measure
 from adamerge.rules.base import Rule, Stack
-from adamerge.statistics import Statistics
+from adamerge.statistics import Informed, Statistics
 from adamerge.task_vectors import TaskVectors
 
 Fitted = tuple[Statistics, list[float]]
 
 
-class Fisher(Rule[Fitted]):
+class Fisher(Informed, Rule[Fitted]):
     """Fisher-weighted averaging (arXiv:2111.09832): θ = Σₖ cₖ Fₖ θₖ / Σₖ cₖ Fₖ, entry by entry.
 
     Fₖ is the diagonal of expert k's Fisher information, E[(∂ log p / ∂θ)²] sample by sample (see
@@ -29,17 +31,18 @@ class Fisher(Rule[Fitted]):
         floor: is added to c F, whose root mean square is 1.
     """
 
-    def __init__(self, statistics: Statistics | str | Path, normalize: bool = True, floor: float = 1e-6) -> None:
+    measures: ClassVar[tuple[Measure, ...]] = ("fisher",)
+
+    def __init__(
+        self, statistics: Statistics | str | Path | None = None, normalize: bool = True, floor: float = 1e-6
+    ) -> None:
         if not 0 < floor < float("inf"):
             raise InputError(f"expected floor > 0 in Fisher, got {floor}")
         self.statistics, self.normalize, self.floor = statistics, normalize, floor
 
-    def check(self, tasks: tuple[str, ...]) -> None:
-        Statistics.open(self.statistics).check(("fisher",), tasks, "Fisher")
-
     def fit(self, task_vectors: TaskVectors) -> Fitted:
         """The statistics, opened, and c of every expert."""
-        statistics, tasks = Statistics.open(self.statistics), task_vectors.tasks
+        statistics, tasks = self.opened(), task_vectors.tasks
         names = [name for name in task_vectors.deltas if kind(name, meta(task_vectors.base, name)) == "parameter"]
         squares = [0.0] * len(tasks)
         for k, task in enumerate(tasks):

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.observing import Measure
 from adamerge.rules.base import Rule, Stack
-from adamerge.statistics import Statistics
+from adamerge.statistics import Informed, Statistics
 
 
 def shrunk(gram: Tensor, rho: float) -> Tensor:
@@ -18,7 +20,7 @@ def shrunk(gram: Tensor, rho: float) -> Tensor:
 
 
 def regression_mean(
-    deltas: Tensor, grams: Iterable[Tensor], rho: float, ridge: float, name: str = "a tensor"
+    deltas: Tensor, grams: Iterable[Tensor], rho: float, ridge: float, relative: bool = False, name: str = "a tensor"
 ) -> Tensor:
     """The least-squares solution of Σₖ |(X − τₖ) xₖ|²: X = (Σₖ τₖ Ĝₖ) (Σₖ Ĝₖ)⁻¹.
 
@@ -30,6 +32,7 @@ def regression_mean(
         grams: G, K of [n, n], each read when its turn comes.
         rho: ρ.
         ridge: ε as a fraction of the mean of all diagonals.
+        relative: divide every expert's errors by E|τₖ xₖ|², so that those that went far do not outvote the others.
         name: of the tensor, for errors.
 
     Returns:
@@ -44,6 +47,8 @@ def regression_mean(
     mean = deltas.double().mean(0)
     for delta, gram in zip(deltas, grams, strict=True):
         gram = shrunk(gram.to(deltas.device), rho)
+        if relative:
+            gram = gram / (float(torch.sum((delta.double() @ gram) * delta.double())) or 1.0)
         total += gram
         moment += (delta.double() - mean) @ gram
     # A ridge on every Gram adds ε Σₖ (τₖ − mean) = 0 to the moment.
@@ -54,7 +59,7 @@ def regression_mean(
     return (mean + torch.cholesky_solve(moment.T, factor).T).to(deltas.dtype)
 
 
-class RegMean(Rule[Statistics]):
+class RegMean(Informed, Rule[Statistics]):
     """RegMean (arXiv:2212.09849): each linear layer as the regression on what the experts' layers answer to their data.
 
     W = (Σₖ Wₖ Ĝₖ) (Σₖ Ĝₖ)⁻¹ with Gₖ = E[x xᵀ] over the tokens that reach the layer in expert k and
@@ -66,25 +71,43 @@ class RegMean(Rule[Statistics]):
         rho: ρ, 0 ≤ ρ ≤ 1. Larger ones trust the correlations of inputs more; 0.95 is 2 points better than the 0.6 of
             older tables.
         ridge: keeps the sum of the Grams positive definite, as a fraction of its mean diagonal.
+        relative: count each expert's errors relative to how far it moved the layer's outputs, E|τₖ x|². The published
+            rule does not, and follows the experts with the largest task vectors.
     """
 
-    def __init__(self, statistics: Statistics | str | Path, rho: float = 0.95, ridge: float = 1e-6) -> None:
-        if not (0 <= rho <= 1 and 0 < ridge < float("inf")):
-            raise InputError(f"expected 0 <= rho <= 1 and ridge > 0 in RegMean, got {rho} and {ridge}")
-        self.statistics, self.rho, self.ridge = statistics, rho, ridge
+    measures: ClassVar[tuple[Measure, ...]] = ("gram",)
 
-    def check(self, tasks: tuple[str, ...]) -> None:
-        Statistics.open(self.statistics).check(("gram",), tasks, type(self).__name__)
+    def __init__(
+        self,
+        statistics: Statistics | str | Path | None = None,
+        rho: float = 0.95,
+        ridge: float = 1e-6,
+        relative: bool = False,
+    ) -> None:
+        if not (0 <= rho <= 1 and 0 < ridge < float("inf")):
+            raise InputError(f"expected 0 <= rho <= 1 and ridge > 0 in {type(self).__name__}, got {rho} and {ridge}")
+        self.statistics, self.rho, self.ridge, self.relative = statistics, rho, ridge, relative
 
     def fit(self, task_vectors: object) -> Statistics:
         """The statistics, opened."""
-        return Statistics.open(self.statistics)
+        return self.opened()
 
     def combine(self, stack: Stack, statistics: Statistics) -> Tensor:
         flipped = statistics.transposed(stack.name)
         deltas = stack.deltas.mT if flipped else stack.deltas
-        grams = statistics.of_layer("gram", stack.name, stack.tasks, deltas.shape[-1]) if deltas.dim() == 3 else None
+        size = deltas.shape[-1]
+        grams = statistics.of_layer(self.measures[0], stack.name, stack.tasks, size) if deltas.dim() == 3 else None
         if grams is None:
             return stack.deltas.mean(0)
-        merged = regression_mean(deltas, grams, self.rho, self.ridge, stack.name)
+        merged = regression_mean(deltas, grams, self.rho, self.ridge, self.relative, stack.name)
         return merged.T if flipped else merged
+
+
+class RegMeanPlusPlus(RegMean):
+    """RegMean++ (arXiv:2508.03121): RegMean with the inputs that layers will have in the merge, not in the experts.
+
+    The Grams are those of each expert's block behind the blocks that are merged already: see
+    `adamerge.relay.collect_through`, which must have had the same rho and ridge. Else as `RegMean`.
+    """
+
+    measures = ("merged_gram",)

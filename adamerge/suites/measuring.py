@@ -1,29 +1,41 @@
 """Statistics of a suite's experts on the images of their tasks."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from adamerge.agreement import with_agreement
 from adamerge.batches import Targets
 from adamerge.data import fetch
 from adamerge.errors import InputError
+from adamerge.fingerprint import update
+from adamerge.merge import Step
 from adamerge.observing import Measure
+from adamerge.relay import collect_through
+from adamerge.rules import Merged, RegMeanPlusPlus
 from adamerge.rules.random import generator
-from adamerge.statistics import Statistics, collect
+from adamerge.statistics import Informed, Statistics, collect
 from adamerge.suites.base import Split, Suite
+from adamerge.task_vectors import BASE
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 #: Images that go through a model at a time.
 BATCH = 64
+#: Images of each task that statistics are measured on, as in most publications.
+EXAMPLES = 256
 
 
 def collect_suite(
     suite: Suite,
     measures: Sequence[Measure] = ("gram",),
     targets: Targets = "sampled",
-    examples: int = 256,
+    of_base: bool = False,
+    examples: int = EXAMPLES,
     split: Split = "train",
     seed: int = 0,
 ) -> Statistics:
@@ -35,6 +47,7 @@ def collect_suite(
         suite: prepared.
         measures: what is wanted.
         targets: the classes whose log-likelihood is differentiated, by the task's head.
+        of_base: measure the base instead, on the images of all tasks.
         examples: per task, or all that there are.
         split: where they come from.
         seed: of the images and classes that are drawn.
@@ -42,39 +55,86 @@ def collect_suite(
     Raises:
         InputError: for an expert of which the suite has no task, and so no images.
     """
-    if strangers := [name for name in suite.experts if name not in suite.tasks]:
-        raise InputError(f"suite {suite.name} has no images for its expert {strangers[0]!r}: no task has that name")
-    _, experts = suite.states()
-    chosen = {task: _draw(suite, task, split, examples, seed) for task in suite.experts}
+    parts = _parts(suite, split, examples, seed, targets == "labels")
+    base, experts = suite.states()
+    if of_base:
+        chained = lambda: (batch for part in parts for batch in part.batches())  # noqa: E731
+        key = ",".join(part.fingerprint() for part in parts)
+        return collect(suite.backbone(), {BASE: base}, {BASE: chained}, measures, seed=seed, data={BASE: key})
     return collect(
         suite.backbone(),
         experts,
-        {task: partial(_batches, suite, task, split, indices) for task, indices in chosen.items()},
+        {part.task: part.batches for part in parts},
         measures,
         targets,
-        {task: suite.head(task).logits for task in suite.experts},
+        {part.task: suite.head(part.task).logits for part in parts},
         seed,
-        {task: _fingerprint(suite, task, split, indices) for task, indices in chosen.items()},
+        {part.task: part.fingerprint() for part in parts},
     )
 
 
-def _draw(suite: Suite, task: str, split: Split, examples: int, seed: int) -> Tensor:
-    count = len(suite.dataset(task, split))  # type: ignore[arg-type]
-    return torch.randperm(count, generator=generator(seed, task, "statistics"))[:examples]
+def informed(steps: Sequence[AnyStep], suite: Suite, labels: bool = False) -> list[AnyStep]:
+    """The same transforms, rules and corrections; those that have no statistics yet get those of the suite.
+
+    Args:
+        steps: of a merge; not changed.
+        suite: see `collect_suite`.
+        labels: whether labels may be used.
+
+    Raises:
+        InputError: for a rule that needs labels, where they may not be used.
+    """
+    return [_informed(step, suite, labels) for step in steps]
 
 
-def _batches(suite: Suite, task: str, split: Split, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for part in indices.split(BATCH):
-        yield fetch(suite.dataset(task, split), part)
+def _informed(step: AnyStep, suite: Suite, labels: bool) -> AnyStep:
+    if isinstance(step, Merged):
+        return cast(AnyStep, Merged(informed(step.rules, suite, labels)))
+    if not isinstance(step, Informed) or step.statistics is not None:
+        return step
+    if step.labelled and not labels:
+        raise InputError(f"{type(step).__name__} needs labels: allow them, or give it statistics")
+    step = copy.copy(step)
+    if isinstance(step, RegMeanPlusPlus):
+        batches = {part.task: part.batches for part in _parts(suite)}
+        step.statistics = collect_through(suite.backbone(), suite.task_vectors(), batches, step)
+        return step
+    measures = [measure for measure in step.measures if measure != "agreement"]
+    step.statistics = collect_suite(suite, measures, "labels" if step.labelled else "sampled", step.of_base)
+    if "agreement" in step.measures:
+        parts, (_, experts) = _parts(suite), suite.states()
+        batches, logits = {p.task: p.batches for p in parts}, {p.task: p.head.logits for p in parts}
+        step.statistics = with_agreement(step.statistics, suite.backbone(), experts, batches, logits)
+    return step
 
 
-def _fingerprint(suite: Suite, task: str, split: Split, indices: Tensor) -> str:
-    """SHA-256 of the images and of the head that makes logits of their features."""
-    head = suite.head(task)
-    digest = hashlib.sha256(repr((head.normalize, head.scale)).encode())
-    for tensor in (head.weight, *(() if head.bias is None else (head.bias,))):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    for images, labels in _batches(suite, task, split, indices):
-        digest.update(images.contiguous().numpy().tobytes())
-        digest.update(labels.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _parts(
+    suite: Suite, split: Split = "train", examples: int = EXAMPLES, seed: int = 0, labels: bool = False
+) -> list["_Part"]:
+    if strangers := [name for name in suite.experts if name not in suite.tasks]:
+        raise InputError(f"suite {suite.name} has no images for its expert {strangers[0]!r}: no task has that name")
+    return [_Part(suite, task, split, examples, seed, labels) for task in suite.experts]
+
+
+class _Part:
+    """Some images of one task, the same for the same arguments."""
+
+    def __init__(self, suite: Suite, task: str, split: Split, examples: int, seed: int, labels: bool) -> None:
+        self.task, self.head, self.labels, self.images = task, suite.head(task), labels, suite.dataset(task, split)
+        order = torch.randperm(len(self.images), generator=generator(seed, task, "statistics"))  # type: ignore[arg-type]
+        self.indices = order[:examples]
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        for part in self.indices.split(BATCH):
+            images, labels = fetch(self.images, part)
+            yield (images, labels) if self.labels else (images,)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images, the labels that are used, and the head that makes logits of their features."""
+        head, digest = self.head, hashlib.sha256()
+        update(digest, "head", head.weight)
+        update(digest, f"{head.normalize} {head.scale}", torch.empty(0) if head.bias is None else head.bias)
+        for batch in self.batches():
+            for tensor in batch:
+                update(digest, "images and labels", tensor)
+        return digest.hexdigest()

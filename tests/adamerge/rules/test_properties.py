@@ -22,6 +22,7 @@ import adamerge.rules
 from adamerge import CoefficientTable, InputError, TaskVectors, merge
 from adamerge.observing import Observation
 from adamerge.rules import (
+    Aim,
     Breadcrumbs,
     Cabs,
     Cart,
@@ -47,6 +48,7 @@ from adamerge.rules import (
     Lines,
     MagMax,
     Matrices,
+    MaTs,
     Mean,
     Merged,
     MetaGpt,
@@ -61,8 +63,10 @@ from adamerge.rules import (
     Ram,
     Rebase,
     RegMean,
+    RegMeanPlusPlus,
     Rule,
     Sce,
+    SensMerging,
     Slerp,
     Star,
     Stf,
@@ -139,24 +143,28 @@ def measured(tasks: Sequence[str]) -> dict[str, Any]:
     """Statistics of these experts: Grams of the square of a matrix, one of them with inputs that are always 0."""
     found = {}
     for task in tasks:
-        rng = torch.Generator().manual_seed(100 + TASKS.index(task))
+        rng = torch.Generator().manual_seed(100 + (*TASKS, "base").index(task))
         tensors = {}
         for name in ("blocks.0.weight", "blocks.1.weight", "blocks.2.weight", "wide.weight", "column"):
             rows, columns = SHAPES[name]
             x = torch.randn(2 * columns, columns, generator=rng, dtype=torch.float64)
             y = torch.randn(2 * rows, rows, generator=rng, dtype=torch.float64)
             x[:, :3] *= name != "blocks.1.weight"
-            tensors |= {f"gram/{name}": x.T @ x, f"output_gram/{name}": y.T @ y}
+            tensors |= {f"gram/{name}": x.T @ x, f"merged_gram/{name}": x.T @ x, f"output_gram/{name}": y.T @ y}
             tensors |= {f"magnitude/{name}": x.abs().mean(0)}
         for name, shape in SHAPES.items():
+            tensors[f"sensitivity/{name}"] = torch.rand((), generator=rng, dtype=torch.float64)
             tensors[f"fisher/{name}"] = torch.randn(shape, generator=rng, dtype=torch.float64).square()
         tensors["fisher/vector"] = torch.zeros(7, dtype=torch.float64)
+        tensors |= {f"agreement/{other}": torch.tensor((len(task) - len(other)) / 10) for other in tasks}
         found[task] = Observation(tensors)
     return {"statistics": Statistics(found)}
 
 
 # A line per rule, more where arguments make another rule of it, alphabetically. What transforms leave is summed.
 CASES = [
+    # Less change where the base looks.
+    Case(Aim, lambda tasks: measured(("base",)), alone=False, identical="other"),
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
     Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
     Case(Cart, moves_base=True),  # from the mean
@@ -196,6 +204,8 @@ CASES = [
     ),
     Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    # Rounding grows with the number of steps.
+    Case(MaTs, lambda tasks: {**measured(tasks), "iterations": 15}, bound=40.0),
     Case(MagMax),
     Case(Mean),
     Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
@@ -219,8 +229,11 @@ CASES = [
     Case(Rebase, {"scale": 0.5}, identical="other", moves_base=True),  # its base is a merge
     Case(RegMean, measured, bound=40.0),  # a row answers few inputs, whatever it does to others
     Case(RegMean, lambda tasks: {**measured(tasks), "rho": 0.0}, bound=1.0),
+    Case(RegMean, lambda tasks: {**measured(tasks), "relative": True}, bound=40.0),
+    Case(RegMeanPlusPlus, measured, bound=40.0),
     Case(Sce, {"keep": 0.3}),
     Case(Sce, {"keep": 1.0}),
+    Case(SensMerging, measured, alone=False, identical="other"),  # another factor per block
     Case(Slerp, experts=2),
     Case(Slerp, {"t": 0.3}, experts=2, ordered=True),  # from the first to the second
     Case(Star, alone=False, identical="other"),  # drops directions

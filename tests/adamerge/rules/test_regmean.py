@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors, merge
 from adamerge.observing import Observation
-from adamerge.rules import RegMean
+from adamerge.rules import Fisher, Mean, RegMean
 from adamerge.rules.regmean import regression_mean
 from adamerge.statistics import Statistics, collect
 
@@ -122,4 +122,28 @@ def test_what_is_missing_is_said_before_work_starts(tmp_path, experts, inputs):
 def test_a_singular_sum_of_grams_is_named():
     gram = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     with pytest.raises(InputError, match="head: the sum of its Grams is singular"):
-        regression_mean(torch.ones(1, 2, 2), [gram], 1.0, 1e-6, "head")
+        regression_mean(torch.ones(1, 2, 2), [gram], 1.0, 1e-6, name="head")
+
+
+def test_relative_errors_let_no_expert_outvote_the_others():
+    """Two experts on the same inputs, one of which moved ten times as far: c = 1 : 1/100."""
+    deltas = torch.tensor([[[1.0, 2.0]], [[-20.0, 10.0]]], dtype=torch.float64)
+    merged = regression_mean(deltas, [torch.eye(2)] * 2, 1.0, 1e-12, relative=True)
+    assert_close(merged, torch.tensor([[(1 - 0.2) / 1.01, (2 + 0.1) / 1.01]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fused_queries_keys_and_values_may_be_split(inputs, turned):
+    """Every row of a layer is a regression of its own."""
+    name = "h.0.attn.c_attn.weight" if turned else "h.0.attn.qkv.weight"
+    torch.manual_seed(0)
+    states = [{name: torch.randn((3, 9) if turned else (9, 3), dtype=torch.float64)} for _ in range(4)]
+    vectors = TaskVectors.from_state_dicts(states[0], dict(zip(TASKS, states[1:], strict=True)))
+    flipped = frozenset([name] if turned else [])
+    tensors = {t: {f"gram/{name}": x.T @ x, f"fisher/{name}": states[0][name].square()} for t, x in inputs.items()}
+    statistics = Statistics({t: Observation(each, transposed=flipped) for t, each in tensors.items()})
+    whole, parts = (merge(vectors, [RegMean(statistics)], split_fused_qkv=split) for split in (False, True))
+    assert_close(parts[name], whole[name])
+    assert not torch.allclose(parts[name], merge(vectors, [Mean()])[name])
+    with pytest.raises(InputError, match="merge without split_fused_qkv"):
+        merge(vectors, [Fisher(statistics)], split_fused_qkv=True)
