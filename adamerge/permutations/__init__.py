@@ -1,0 +1,23 @@
+"""Networks trained from different initialisations, brought into one order of units: a step before task vectors.
+
+symmetry = chain(model_a.state_dict())                        # or symmetry_of(…) for a ResNet or ViT
+order = match_weights(model_a.state_dict(), model_b.state_dict(), symmetry)
+aligned = apply(model_b.state_dict(), symmetry, order)        # the same function as model_b, near model_a
+"""
+
+from adamerge.permutations.activations import match_activations, recalibrate, transport
+from adamerge.permutations.symmetries import FAMILIES, Axis, Symmetry, chain, symmetry_of
+from adamerge.permutations.weights import apply, match_weights
+
+__all__ = [
+    "FAMILIES",
+    "Axis",
+    "Symmetry",
+    "apply",
+    "chain",
+    "match_activations",
+    "match_weights",
+    "recalibrate",
+    "symmetry_of",
+    "transport",
+]

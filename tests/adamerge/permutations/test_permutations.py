@@ -1,0 +1,222 @@
+"""Permuted networks compute the same function, and planted permutations are found again."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+from torch import nn
+from torchvision.models import VisionTransformer
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTForImageClassification
+
+from adamerge import InputError
+from adamerge.permutations import apply, chain, match_activations, match_weights, recalibrate, symmetry_of, transport
+from adamerge.permutations.weights import assign
+
+SIZES = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"hidden_size": 24, "intermediate_size": 20}
+IMAGES = (7, 3, 16, 16)
+
+
+def mlp() -> nn.Module:
+    layers = [nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10), nn.LayerNorm(10), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(10, 3))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 14 * 14, 8), nn.ReLU(), nn.Linear(8, 2)
+    )
+
+
+class SmallResNet(ResNet):
+    """With an eighth of the channels."""
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:
+            self.conv1, self.bn1, self.inplanes = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), 8
+        return super()._make_layer(block, planes // 8, *args, **kwargs)
+
+
+def small(block) -> nn.Module:
+    model = SmallResNet(block, [1, 2, 1, 1], num_classes=4)
+    model.fc = nn.Linear(64 * block.expansion, 4)
+    return model
+
+
+def timm() -> nn.Module:
+    return TimmTransformer(16, 8, num_classes=5, embed_dim=24, depth=2, num_heads=4, mlp_ratio=2, init_values=0.1)
+
+
+def vit() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**SIZES))
+
+
+def clip() -> nn.Module:
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=6, **SIZES))
+
+
+MODELS = {
+    "mlp": (mlp, (7, 6)),
+    "cnn": (cnn, IMAGES),
+    "basic": (lambda: small(BasicBlock), (7, 3, 32, 32)),
+    "bottleneck": (lambda: small(Bottleneck), (7, 3, 32, 32)),
+    "torchvision": (lambda: VisionTransformer(16, 8, 2, 4, 24, 20, num_classes=5), IMAGES),
+    "timm": (timm, IMAGES),
+    "transformers": (vit, IMAGES),
+    "clip": (clip, IMAGES),
+}
+
+
+def build(kind: str, seed: int = 0) -> nn.Module:
+    """In float64, with norms, biases and statistics that tell units apart."""
+    torch.manual_seed(seed)
+    model = MODELS[kind][0]().double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor += 0.1 * torch.rand_like(tensor) if "var" in name else 0.1 * torch.randn_like(tensor)
+    return model
+
+
+def symmetry(kind: str, state):
+    return chain(state) if kind in ("mlp", "cnn") else symmetry_of(state, heads=4)
+
+
+def drawn(found, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {label: torch.randperm(size, generator=generator) for label, size in found.sizes.items()}
+
+
+def inputs(kind: str) -> torch.Tensor:
+    return torch.randn(MODELS[kind][1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, state, x: torch.Tensor) -> torch.Tensor:
+    found = torch.func.functional_call(model, dict(state), (x,))
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+def planted(kind: str) -> tuple[nn.Module, nn.Module, object, dict[str, torch.Tensor]]:
+    """A network, the same with its units in another order, their symmetry and the order that undoes it."""
+    model, other = build(kind), build(kind)
+    found = symmetry(kind, model.state_dict())
+    order = drawn(found)
+    other.load_state_dict(apply(model.state_dict(), found, order))
+    return model, other, found, {label: indices.argsort() for label, indices in order.items()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_permuted_network_is_the_same_function(kind):
+    model = build(kind)
+    state, x = model.state_dict(), inputs(kind)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    found = symmetry(kind, state)
+    for label in found.sizes:  # one at a time: no two mistakes cancel
+        other = apply(state, found, {label: torch.arange(found.sizes[label]).roll(1)})
+        assert any(not torch.equal(other[name], state[name]) for name in state), label
+        torch.testing.assert_close(outputs(model, other, x), outputs(model, state, x), msg=label)
+    together = apply(state, found, drawn(found))
+    torch.testing.assert_close(outputs(model, together, x), outputs(model, state, x))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_planted_permutations_are_found_by_weights(kind):
+    model, other, found, expected = planted(kind)
+    order = match_weights(model.state_dict(), other.state_dict(), found)
+    assert {label: p.tolist() for label, p in order.items()} == {label: p.tolist() for label, p in expected.items()}
+    aligned = apply(other.state_dict(), found, order)
+    assert all(torch.equal(aligned[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "basic", "torchvision", "timm", "transformers"])
+def test_planted_permutations_are_found_by_activations(kind):
+    model, other, found, expected = planted(kind)
+    other.train()
+    generator = torch.Generator().manual_seed(5)
+    batches = [torch.randn(MODELS[kind][1], dtype=torch.float64, generator=generator) for _ in range(3)]
+    order = match_activations(model, other, found, batches)
+    assert {label: p.tolist() for label, p in order.items()} == {label: p.tolist() for label, p in expected.items()}
+    assert other.training, "the model is left in its mode"
+    assert not any(module._forward_hooks for module in other.modules())
+
+
+def test_resnets_of_torchvision_share_their_residual_streams():
+    with torch.device("meta"):
+        basic, bottleneck = ResNet(BasicBlock, [2, 2, 2, 2]), ResNet(Bottleneck, [1, 1, 1, 1])
+    found = symmetry_of(basic.state_dict())
+    assert {"bn1.weight", "layer1.0.conv2.weight", "layer1.1.bn2.running_var"} <= {n for n, _ in found.places("stage0")}
+    assert ("layer2.0.downsample.0.weight", 1) in found.places("stage0")
+    assert found.sizes["stage4"] == 512
+    found = symmetry_of(bottleneck.state_dict())
+    assert (found.sizes["stage0"], found.sizes["stage1"], found.sizes["1.0.b"]) == (64, 256, 64)
+
+
+def test_matching_does_not_lose():
+    """Two independent networks: the inner product with the reference never falls below the start's."""
+    one, two = build("mlp", 3).state_dict(), build("mlp", 4).state_dict()
+    found = chain(one)
+    aligned = apply(two, found, match_weights(one, two, found))
+    product = lambda state: sum(float((one[n] * state[n]).sum()) for n in found.axes)  # noqa: E731
+    assert product(aligned) > product(two)
+
+
+def test_soft_assignments():
+    score = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.1, 0.8], [0.0, 0.7, 0.2]], dtype=torch.float64)
+    soft = transport(score, 0.3)
+    torch.testing.assert_close(soft.sum(0), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(soft.sum(1), torch.ones(3, dtype=torch.float64))
+    # The Sinkhorn form: log p less score / temperature is a sum of a number for each row and one for each column.
+    rest = soft.log() - score / 0.3
+    torch.testing.assert_close(rest - rest[:1] - rest[:, :1] + rest[0, 0], torch.zeros_like(rest))
+    hard = transport(score, 0.01)
+    torch.testing.assert_close(hard, torch.eye(3, dtype=torch.float64)[assign(score)], atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="temperature must be above 0"):
+        transport(score, 0.0)
+
+
+def test_soft_permutations_mix_units_and_hard_ones_are_their_limit():
+    model, other, found, _ = planted("mlp")
+    batches = [torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))]
+    soft = match_activations(model, other, found, batches, temperature=1e-3)
+    aligned = apply(other.state_dict(), found, soft)
+    for name in found.axes:
+        torch.testing.assert_close(aligned[name], model.state_dict()[name], atol=1e-4, rtol=0)
+    halves = {"layer0": torch.full((12, 12), 1 / 12, dtype=torch.float64)}
+    mixed = apply(other.state_dict(), found, halves)["0.bias"]
+    torch.testing.assert_close(mixed, other.state_dict()["0.bias"].mean().expand(12))
+
+
+def test_statistics_are_taken_anew():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.9))
+    model.eval()
+    norm = model[1]
+    norm.running_mean.fill_(9), norm.running_var.fill_(9)
+    batches = [torch.randn(20, 4), torch.randn(20, 4)]
+    with torch.no_grad():
+        means = torch.stack([model[0](batch).mean(0) for batch in batches]).mean(0)
+        variances = torch.stack([model[0](batch).var(0) for batch in batches]).mean(0)
+    recalibrate(model, batches)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert norm.momentum == 0.1
+    assert not norm.training
+
+
+def test_errors_name_what_does_not_fit():
+    state = build("torchvision").state_dict()
+    with pytest.raises(InputError, match="say how many, heads=12"):
+        symmetry_of(state)
+    with pytest.raises(InputError, match=r"in_proj_weight has 72 entries along axis 0, expected a multiple of 21"):
+        symmetry_of(state, heads=7)
+    with pytest.raises(InputError, match="ViT: odd"):
+        symmetry_of({"odd": torch.zeros(3)})
+    with pytest.raises(InputError, match=r"1\.weight has 5 entries along axis 1, expected a multiple of 4"):
+        chain({"0.weight": torch.zeros(4, 2), "1.weight": torch.zeros(2, 5)})
+    one = build("mlp").state_dict()
+    with pytest.raises(InputError, match=r"0\.weight is missing"):
+        match_weights(one, {}, chain(one))
+    with pytest.raises(InputError, match=r"0\.weight has shapes \[12, 6\] and \[2, 2\]"):
+        match_weights(one, one | {"0.weight": torch.zeros(2, 2)}, chain(one))
+    with pytest.raises(InputError, match="no batch came"):
+        match_activations(build("mlp"), build("mlp"), chain(one), [])
