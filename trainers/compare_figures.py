@@ -33,7 +33,7 @@ def accuracy_vs_parameters(comparison: Comparison, path: Path) -> None:
     least = 10 ** math.floor(math.log10(min((n for n in counts.values() if n >= 1), default=1)))
     handles: list[Any] = []
     with style():
-        figure = Figure(figsize=(7.2, 3.9), layout="constrained", dpi=_PRINT)
+        figure = Figure(figsize=(7.2, max(3.9, 0.3 + 0.165 * len(rows))), layout="constrained", dpi=_PRINT)
         axes = figure.subplots()
         for row in rows:
             average = row.numbers["average"]
