@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from adamerge.deltas import AnyDeltas
+from adamerge.errors import InputError
 from adamerge.packed import Packed
 from adamerge.rules.base import Correction, Rule, Transform, transform
 from adamerge.task_vectors import TaskVectors
@@ -15,6 +16,8 @@ class Merged(Transform):
     One coefficient for everything is then the scale of the merge; one for each block or tensor scales them apart. The
     parts are held as one tensor. Running statistics keep their deltas: as in any merge, their mean is taken. Task
     vectors over files are loaded.
+
+    Raises InputError for rules that move the base (`Rebase`, `Cart`): these go before it, or stand alone.
 
     Args:
         rules: as for `adamerge.merge`: transforms, the rule that combines (default: the sum), corrections.
@@ -35,8 +38,14 @@ class Merged(Transform):
 
         old = task_vectors.load()
         transforms, rule, corrections = stages(self.rules)
+        transformed = transform(old, transforms)
+        if transformed.base is not old.base:
+            names = ", ".join(type(step).__name__ for step in transforms)
+            raise InputError(
+                f"Merged keeps the base, and one of {names} moves it: list it among the transforms instead"
+            )
         changes: dict[str, list[Tensor]] = {}
-        for stack, change in MergedState(old, transform(old, transforms), rule, corrections).changes():
+        for stack, change in MergedState(old, transformed, rule, corrections).changes():
             changes.setdefault(stack.name, []).append(change)
 
         def part(name: str, deltas: AnyDeltas) -> AnyDeltas:

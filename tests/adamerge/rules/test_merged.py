@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from adamerge import InputError, TaskVectors, merge
 from adamerge import task_vectors as module
 from adamerge.packed import Packed
-from adamerge.rules import ElectSign, Emr, Mean, Merged, TaskArithmetic, Trim
+from adamerge.rules import Cart, ElectSign, Emr, Mean, Merged, Rebase, TaskArithmetic, Trim
 
 LISTS = {"mean": [Mean()], "TIES": [Trim(0.3), ElectSign()], "disjoint mean": [ElectSign("mean")], "trimmed": [Trim()]}
 
@@ -69,3 +69,9 @@ def test_statistics_keep_their_deltas():
 def test_lists_that_merge_does_not_take_are_refused(rules, message):
     with pytest.raises(InputError, match=message):
         Merged(rules)
+
+
+@pytest.mark.parametrize("step", [Rebase(), Cart()], ids=["Rebase", "Cart"])
+def test_rules_that_move_the_base_are_refused(tv, step):
+    with pytest.raises(InputError, match=f"one of {type(step).__name__} moves it: list it among the transforms"):
+        Merged([step, Mean()])(tv)
