@@ -12,6 +12,7 @@ from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
+from adamerge.rules.lore import LoRe
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.matrices import Matrices
@@ -59,6 +60,7 @@ __all__ = [
     "LearnedCoefficients",
     "Linear",
     "Lines",
+    "LoRe",
     "MagMax",
     "Matrices",
     "Mean",

@@ -45,6 +45,7 @@ from adamerge.rules import (
     LearnedCoefficients,
     Linear,
     Lines,
+    LoRe,
     MagMax,
     Matrices,
     Mean,
@@ -196,6 +197,7 @@ CASES = [
     ),
     Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(LoRe, alone=False, identical="other", moves_base=True),  # what is shared counts once, and is the base
     Case(MagMax),
     Case(Mean),
     Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
