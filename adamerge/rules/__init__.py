@@ -13,6 +13,7 @@ from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
+from adamerge.rules.lore import LoRe
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
 from adamerge.rules.matrices import Matrices
@@ -63,9 +64,10 @@ __all__ = [
     "LearnedCoefficients",
     "Linear",
     "Lines",
-    "MaTs",
+    "LoRe",
     "MagMax",
     "Matrices",
+    "MaTs",
     "Mean",
     "Merged",
     "MetaGpt",

@@ -46,6 +46,7 @@ from adamerge.rules import (
     LearnedCoefficients,
     Linear,
     Lines,
+    LoRe,
     MagMax,
     Matrices,
     MaTs,
@@ -206,6 +207,7 @@ CASES = [
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
     # Rounding grows with the number of steps.
     Case(MaTs, lambda tasks: {**measured(tasks), "iterations": 15}, bound=40.0),
+    Case(LoRe, alone=False, identical="other", moves_base=True),  # what is shared counts once, and is the base
     Case(MagMax),
     Case(Mean),
     Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
