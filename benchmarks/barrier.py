@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -20,8 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from adamerge.files import replacing, write_text
+from adamerge.files import write_text
 from adamerge.permutations import apply, chain, match_activations, match_weights
+from trainers.figures import save, style
 
 STEPS = torch.linspace(0, 1, 25).tolist()
 State = dict[str, Tensor]
@@ -117,23 +117,26 @@ def table(found: Sequence[Curves]) -> Table:
 
 def draw(found: Sequence[Curves], path: Path) -> None:
     """Loss and accuracy along the line: means, and every pair as a thin line."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
-    with matplotlib.rc_context({**style, "figure.dpi": 160}):
+    inks = {
+        "as they are": ("#7f93a6", "-"),
+        "matched by weights": ("#c0392b", "-"),
+        "matched by activations": ("black", ":"),
+    }
+    with style():
         figure = Figure(figsize=(8.6, 3.3), layout="constrained")
-        for axes, what, label in zip(
-            figure.subplots(1, 2), ("loss", "accuracy"), ("held-out loss (nats)", "accuracy (%)"), strict=True
-        ):
-            for name, ink in zip(found[0], ("#7f93a6", "#c0392b", "#4a6074"), strict=True):
+        left, right = figure.subplots(1, 2)
+        for name, (ink, dash) in inks.items():
+            for axes, what in ((left, "loss"), (right, "accuracy")):
                 lines = np.array([pair[name][what] for pair in found])
                 axes.plot(STEPS, lines.T, color=ink, lw=0.6, alpha=0.4)
-                axes.plot(STEPS, lines.mean(0), color=ink, lw=1.6, label=name)
-            axes.set(xlabel="from the first network to the second", ylabel=label)
-            axes.set_ylim(bottom=0) if what == "loss" else axes.set_ylim(top=101)
-        figure.axes[0].set_title("Loss along the line")
-        figure.axes[1].set_title("Accuracy along the line")
-        figure.axes[0].legend(frameon=False, fontsize=7)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+                axes.plot(STEPS, lines.mean(0), color=ink, ls=dash, lw=1.6, label=name)
+        left.set(
+            xlabel="from the first network to the second", ylabel="held-out loss (nats)", title="Loss along the line"
+        )
+        left.set_ylim(bottom=0)
+        right.set(xlabel="from the first network to the second", ylabel="accuracy (%)", title="Accuracy along the line")
+        left.legend(frameon=False, fontsize=7)
+        save(figure, path)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -13,8 +13,9 @@ from adamerge.inspecting.geometry import ratio
 from adamerge.kinds import block_of, kind, role
 from adamerge.task_vectors import TaskVectors
 
-#: Below this share of the largest, a singular value in float64 is rounding and its vectors are arbitrary.
-NOISE = 1e-7
+#: Below this share of the largest, a singular value has less than a millionth of its energy, and its vectors may come
+#: from the rounding of weights: such directions count as missing.
+FAINT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Spectrum:
         rank: q.
         values: σ of each expert in falling order, [K, min(m, n)].
         total: σ of Σₖ Δₖ, [min(m, n)].
-        left: ‖Uᵢᵀ Uⱼ‖² / q, [K, K], the mean squared cosine of the angles between the spaces of outputs: 1 for the same
-            space, about q / m for two at random.
+        ranks: how many of the q directions each expert has, [K].
+        left: ‖Uᵢᵀ Uⱼ‖² / min(qᵢ, qⱼ), [K, K], the mean squared cosine of the angles between the spaces of outputs: 1
+            where one holds the other, about max(qᵢ, qⱼ) / m for two at random.
         right: the same for the spaces of inputs, Vᵢ and Vⱼ.
         interference: singular task interference (TSV, arXiv:2412.00081), Σ |(UᵀU − I) Σ (VᵀV − I)| over all entries,
             with U = [U₁ … U_K] and V side by side and Σ the kept values: 0 where no direction is shared.
@@ -46,6 +48,7 @@ class Spectrum:
     rank: int
     values: Tensor
     total: Tensor
+    ranks: Tensor
     left: Tensor
     right: Tensor
     interference: float
@@ -66,12 +69,12 @@ class Spectrum:
     @property
     def overlap(self) -> Tensor:
         """How far two experts share their spaces beyond chance, [K, K]: 0 is chance, 1 the same spaces."""
-        chances = [min(self.rank / side, 1.0) for side in self.shape]
-        beyond = [
-            (found - chance) / (1 - chance) if chance < 1 else torch.zeros_like(found)
-            for found, chance in zip((self.left, self.right), chances, strict=True)
-        ]
-        return (beyond[0] + beyond[1]) / 2
+        larger = torch.maximum(self.ranks.unsqueeze(0), self.ranks.unsqueeze(1))
+        beyond = []
+        for found, side in zip((self.left, self.right), self.shape, strict=True):
+            chance = larger / side
+            beyond.append(ratio(found - chance, 1 - chance))
+        return torch.where(self.ranks.unsqueeze(0) * self.ranks.unsqueeze(1) > 0, sum(beyond) / 2, 0)
 
     @property
     def effective_rank(self) -> float:
@@ -91,7 +94,8 @@ def decompose(name: str, deltas: Tensor, block: str = "") -> Spectrum:
     total = torch.linalg.svdvals(deltas.double().sum(0))
     seconds = time.perf_counter() - start
     kept = [sizes[:rank] for sizes in values]
-    random = [_random_bases(tasks, side, rank, deltas.device) for side in (rows, columns)]
+    there = torch.stack([sizes > FAINT * sizes.max() for sizes in kept])
+    random = [_random_bases(there, side) for side in (rows, columns)]
     return Spectrum(
         name=name,
         block=block,
@@ -99,8 +103,9 @@ def decompose(name: str, deltas: Tensor, block: str = "") -> Spectrum:
         rank=rank,
         values=torch.stack(values).cpu(),
         total=total.cpu(),
-        left=_overlaps(lefts, rank),
-        right=_overlaps(rights, rank),
+        ranks=there.sum(1).double().cpu(),
+        left=_overlaps(lefts, there),
+        right=_overlaps(rights, there),
         interference=interference(lefts, kept, rights),
         chance=interference(random[0], kept, random[1]),
         seconds=seconds,
@@ -151,21 +156,22 @@ def evenly(names: Sequence[str], limit: int) -> list[str]:
 def _svd(name: str, delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, q], all singular values and V [n, q] of one matrix; directions that it does not have are 0."""
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    there = (values > NOISE * values[0])[:rank]
+    there = (values > FAINT * values[0])[:rank]
     return left[:, :rank] * there, values, right[:rank].mT * there
 
 
-def _overlaps(bases: Sequence[Tensor], rank: int) -> Tensor:
-    stacked = torch.cat(list(bases), 1)
-    products = (stacked.mT @ stacked).square()
-    count = len(bases)
-    return products.view(count, rank, count, rank).sum((1, 3)).cpu() / rank
+def _overlaps(bases: Sequence[Tensor], there: Tensor) -> Tensor:
+    """‖Bᵢᵀ Bⱼ‖² / min(qᵢ, qⱼ) of K bases [side, q], of whose directions only some are `there` [K, q]."""
+    stacked, ranks = torch.cat(list(bases), 1), there.sum(1)
+    squares = (stacked.mT @ stacked).square().view(*there.shape, *there.shape).sum((1, 3))
+    return ratio(squares, torch.minimum(ranks.unsqueeze(0), ranks.unsqueeze(1))).cpu()
 
 
-def _random_bases(tasks: int, side: int, rank: int, device: torch.device) -> list[Tensor]:
-    """K times q orthonormal vectors; the same ones for the same sizes."""
+def _random_bases(there: Tensor, side: int) -> list[Tensor]:
+    """K times q orthonormal vectors, or 0 where they are not `there` [K, q]; the same ones for the same sizes."""
+    tasks, rank = there.shape
     drawn = torch.randn(tasks, side, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return list(torch.linalg.qr(drawn.to(device)).Q)
+    return list(torch.linalg.qr(drawn.to(there.device)).Q * there.unsqueeze(1))
 
 
 def _between(gram: Tensor, tasks: int) -> Tensor:
