@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -19,7 +19,8 @@ T = TypeVar("T")
 def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
     """Rules from `Name`, `{Name: {argument: value}}` or `{class_path: ..., init_args: ...}`.
 
-    A rule that takes a `seed` and is given none takes this one.
+    A rule that takes a `seed` and is given none takes this one. Rules that take other rules, as `rule` or `rules`, take
+    them in the same forms.
 
     Raises:
         InputError: for an unknown rule or argument, with the nearest right one, and for a value of another type.
@@ -34,6 +35,10 @@ def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
                 raise InputError(f"{cls.__name__} has no argument {key!r}{did_you_mean(str(key), accepted)}")
         if seed is not None and "seed" in accepted:
             arguments = {"seed": seed, **arguments}
+        if isinstance(inner := arguments.get("rules"), list):
+            arguments["rules"] = build_rules(inner, seed)
+        if (only := arguments.get("rule")) is not None:
+            (arguments["rule"],) = build_rules([only], seed)
         built.append(build(cls, arguments, cls.__name__))
     return built
 
@@ -47,7 +52,7 @@ def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:
     except ArgumentError as error:
         reason = " ".join(str(error).replace("<class '", "").replace("'>", "").split())
         raise InputError(f"{what}: {reason.replace('Parser key', '').replace('it.', '').strip()}") from error
-    return cls(**parsed.it.as_dict()) if arguments or "it" in parsed else cls()
+    return cast(T, parser.instantiate(parsed).it) if arguments or "it" in parsed else cls()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from adamerge import InputError
 from adamerge.recipes import Recipe, job, locate, parse, parse_size, read
 from adamerge.rule_specs import build_rules
-from adamerge.rules import ElectSign, Mean, PerTensor, Trim
+from adamerge.rules import ElectSign, Matrices, Mean, PerTensor, Trim
 
 MINIMAL = {"base": "base.safetensors", "experts": {"a": "a.safetensors"}}
 
@@ -54,6 +54,20 @@ def test_rules_in_all_their_forms(spec):
     assert isinstance(trim, Trim)
     assert trim.keep == 0.4
     assert isinstance(elect, ElectSign)
+
+
+@pytest.mark.parametrize("name", ["IsoC", "TsvM", "Star", "Svc", {"IsoC": {"matrices": {"average": "embed"}}}])
+def test_arguments_that_are_objects_are_built(name):
+    (rule,) = build_rules([name])
+    assert rule.matrices == Matrices(average="embed" if isinstance(name, dict) else None)
+
+
+def test_rules_inside_rules_take_the_same_forms_and_the_seed():
+    (rebase,) = build_rules([{"Rebase": {"rule": {"KnOts": {"rules": [{"Dare": {"drop": 0.5}}, "ElectSign"]}}}}], 7)
+    (dare,) = rebase.rule._transforms
+    assert (dare.drop, dare.seed, type(rebase.rule._rule)) == (0.5, 7, ElectSign)
+    with pytest.raises(InputError, match="no rule 'Meen': did you mean 'Mean'"):
+        build_rules([{"Rebase": {"rule": "Meen"}}])
 
 
 def test_a_recipes_seed_is_for_rules_that_have_none():
