@@ -9,6 +9,7 @@ from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.errors import InputError
 from adamerge.linalg import leading
+from adamerge.rules.adam import adam
 from adamerge.rules.base import Rule, Stack
 from adamerge.rules.matrices import TWO_AXES, Matrices, batches, rounding, side_by_side
 from adamerge.rules.ties import Trim
@@ -23,19 +24,15 @@ def common_directions(deltas: Tensor, count: int, name: str, least: float = 0.0)
 
 
 def shared_shift(deltas: Tensor, weights: Tensor, fixed: Tensor, steps: int, lr: float) -> Tensor:
-    """Adam on Σⱼ Σᵣ ⟨Δⱼᵣ, Δⱼᵣ − Σₖ λₖ (Δₖᵣ + S)⟩² over rows r, from S = 0, off the directions `fixed` [m, q].
-
-    The inner products are linear in S, so that the gradient needs no graph.
-    """
-    shift = torch.zeros_like(deltas[0])
+    """Adam on Σⱼ Σᵣ ⟨Δⱼᵣ, Δⱼᵣ − Σₖ λₖ (Δₖᵣ + S)⟩² over rows r, from S = 0, off the directions `fixed` [m, q]."""
     gap = deltas.square().sum(2) - (deltas * torch.tensordot(weights, deltas, 1)).sum(2)
-    optimizer = torch.optim.Adam([shift], lr=lr)
-    for _ in range(steps):
+
+    def gradient(shift: Tensor) -> Tensor:
         products = gap - weights.sum() * torch.einsum("kmn,mn->km", deltas, shift)
-        gradient = -2 * weights.sum() * torch.einsum("km,kmn->mn", products, deltas)
-        shift.grad = gradient - fixed @ (fixed.T @ gradient)
-        optimizer.step()
-    return shift
+        slope = -2 * weights.sum() * torch.einsum("km,kmn->mn", products, deltas)
+        return slope - fixed @ (fixed.T @ slope)
+
+    return adam(torch.zeros_like(deltas[0]), gradient, steps, lr)
 
 
 class Doge(Rule[Tensor | None]):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.rules.adam import adam
 from adamerge.rules.base import Stack
 from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule
 
@@ -17,13 +18,8 @@ def proxies(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descend(start: Tensor, left: Tensor, right: Tensor, steps: int, lr: float) -> Tensor:
-    """Adam on Σₖ |(X − Δₖ) Δₖᵀ|² / |Δₖ|² from X = `start`. Its gradient is 2 (X A − B): no graph is needed."""
-    merged = start.clone()
-    optimizer = torch.optim.Adam([merged], lr=lr)
-    for _ in range(steps):
-        merged.grad = 2 * (merged @ left - right)
-        optimizer.step()
-    return merged
+    """Adam on Σₖ |(X − Δₖ) Δₖᵀ|² / |Δₖ|² from X = `start`; the gradient is 2 (X A − B), for A and B of `proxies`."""
+    return adam(start, lambda change: 2 * (change @ left - right), steps, lr)
 
 
 def ridged(start: Tensor, left: Tensor, right: Tensor, ridge: float) -> Tensor:

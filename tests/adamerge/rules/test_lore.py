@@ -18,7 +18,7 @@ def tv() -> TaskVectors:
 
 def test_no_other_base_and_deltas_are_better(tv):
     penalty = 3.0
-    after = transform(tv, [LoRe(penalty, steps=300)])
+    after = transform(tv, [LoRe(penalty, steps=100)])
     for name in ("w", "tall"):
         left = torch.stack([tv.expert(t)[name] - after.expert(t)[name] for t in tv.tasks])
         assert_close(left.mean(0), torch.zeros_like(left[0]), rtol=0, atol=1e-9)  # flat in the base

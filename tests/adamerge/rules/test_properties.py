@@ -205,9 +205,10 @@ CASES = [
     ),
     Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    # What is shared counts once, and is the base.
+    Case(LoRe, {"steps": 2}, alone=False, identical="other", moves_base=True),
     # Rounding grows with the number of steps.
     Case(MaTs, lambda tasks: {**measured(tasks), "iterations": 15}, bound=40.0),
-    Case(LoRe, alone=False, identical="other", moves_base=True),  # what is shared counts once, and is the base
     Case(MagMax),
     Case(Mean),
     Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
