@@ -23,7 +23,7 @@ from adamerge.files import write_text
 from adamerge.permutations import apply, chain, match_activations, match_weights
 from trainers.figures import save, style
 
-STEPS = torch.linspace(0, 1, 25).tolist()
+STEPS = [step / 24 for step in range(25)]
 State = dict[str, Tensor]
 Curves = dict[str, dict[str, list[float]]]
 

@@ -11,6 +11,7 @@ from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.inspecting.geometry import ratio
 from adamerge.kinds import block_of, kind, role
+from adamerge.linalg import leading
 from adamerge.task_vectors import TaskVectors
 
 #: Below this share of the largest, a singular value has less than a millionth of its energy, and its vectors may come
@@ -91,7 +92,7 @@ def decompose(name: str, deltas: Tensor, block: str = "") -> Spectrum:
     rank = max(1, min(rows, columns) // tasks)
     factors = [_svd(name, delta, rank) for delta in deltas]
     lefts, values, rights = (list(parts) for parts in zip(*factors, strict=True))
-    total = torch.linalg.svdvals(deltas.double().sum(0))
+    _, total, _ = leading(deltas.double().sum(0), min(rows, columns), name)
     seconds = time.perf_counter() - start
     kept = [sizes[:rank] for sizes in values]
     there = torch.stack([sizes > FAINT * sizes.max() for sizes in kept])
@@ -155,7 +156,7 @@ def evenly(names: Sequence[str], limit: int) -> list[str]:
 
 def _svd(name: str, delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, q], all singular values and V [n, q] of one matrix; directions that it does not have are 0."""
-    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    left, values, right = leading(delta, min(delta.shape), name)
     there = (values > FAINT * values[0])[:rank]
     return left[:, :rank] * there, values, right[:rank].mT * there
 

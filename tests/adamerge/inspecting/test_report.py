@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adamerge import TaskVectors
+from adamerge import TaskVectors, rules
 from adamerge.__main__ import main
 from adamerge.inspecting import decompose_all, findings, measure, verdict
 
@@ -34,7 +34,9 @@ def said(tv: TaskVectors, topic: str) -> str:
 
 
 def suggested(tv: TaskVectors) -> list[tuple[str, ...]]:
-    return [f.rules for f in findings(measure(tv), decompose_all(tv, 9)) if f.topic == "try"]
+    found = [f.rules for f in findings(measure(tv), decompose_all(tv, 9)) if f.topic == "try"]
+    assert all(hasattr(rules, name) for names in found for name in names)
+    return found
 
 
 def test_a_fight_is_found_where_it_is():
@@ -56,6 +58,11 @@ def test_a_fight_in_a_small_block_is_a_footnote():
     tv.deltas["layers.0.weight"].mul_(1e-3)
     assert said(tv, "fights").startswith("No pair fights")
     assert "Cosines below -0.1 in layers.0 hold less than 1%" in said(tv, "fights")
+
+
+def test_without_spectra_and_conflict_the_plain_sum_is_left():
+    tv = experts_along(0.2)
+    assert [f.rules for f in findings(measure(tv), []) if f.topic == "try"] == [("TaskArithmetic",)]
 
 
 def test_experts_of_one_task_are_to_be_averaged():

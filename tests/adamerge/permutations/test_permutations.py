@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTCon
 
 from adamerge import InputError
 from adamerge.permutations import apply, chain, match_activations, match_weights, recalibrate, symmetry_of, transport
+from adamerge.permutations.activations import correlations
 from adamerge.permutations.weights import assign
 
 SIZES = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -139,6 +140,18 @@ def test_planted_permutations_are_found_by_activations(kind):
     assert {label: p.tolist() for label, p in order.items()} == {label: p.tolist() for label, p in expected.items()}
     assert other.training, "the model is left in its mode"
     assert not any(module._forward_hooks for module in other.modules())
+
+
+def test_correlations_are_those_of_all_outputs_whatever_their_means():
+    one, two = build("mlp"), build("mlp", seed=1)
+    for model in (one, two):
+        model[0].bias.data += 5
+    x = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = correlations(one, two, chain(one.state_dict()), x.split(16))
+    with torch.no_grad():
+        expected = torch.corrcoef(torch.cat([one[0](x), two[0](x)], 1).T)[:12, 12:]
+        normed = torch.corrcoef(torch.cat([one[:2](x), two[:2](x)], 1).T)[:12, 12:]
+    torch.testing.assert_close(found["layer0"], (expected + normed) / 2)
 
 
 def test_resnets_of_torchvision_share_their_residual_streams():
