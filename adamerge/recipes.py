@@ -1,7 +1,7 @@
 """Recipes: a merge described in a YAML file, and the job that it comes down to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from adamerge.rule_specs import build, build_rules, did_you_mean
 from adamerge.scales import Scale
 from adamerge.task_vectors import BASE, TaskVectors
 from adamerge.views import OnDevice, as_tied
-from adamerge.vocabulary import Policy, fitted
+from adamerge.vocabulary import Matched, Policy, fitted
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,15 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     for key in ("base", "experts"):
         if key not in values:
             raise InputError(f"the recipe names no {key}: add the key {key!r}")
-    return build(Recipe, values, "the recipe")
+    if odd := [name for name in values["experts"] or () if not isinstance(name, str) or name == BASE]:
+        raise InputError(
+            f"the recipe: an expert cannot be called {odd[0]!r}: give it another name, or put it in quotes"
+        )
+    recipe = build(Recipe, {key: value for key, value in values.items() if key != "rules"}, "the recipe")
+    rules = values.get("rules", recipe.rules)  # no business of a parser that would build any class they name
+    if not isinstance(rules, list):
+        raise InputError(f"the recipe: expected rules to be a list, got {rules!r}")
+    return replace(recipe, rules=rules)
 
 
 def job(recipe: Recipe, folder: Path) -> Job:
@@ -126,10 +134,16 @@ def job(recipe: Recipe, folder: Path) -> Job:
     size = parse_size(recipe.shard_size)
     sources = {BASE: recipe.base, **recipe.experts}
     paths = {name: locate(where, folder) for name, where in sources.items()}
+    device = checked_device(recipe.device)
     states = as_tied({name: open_state(path) for name, path in paths.items()}, paths)
     states, notes = fitted(states, paths, recipe.vocabulary)
-    if recipe.device != "cpu":
-        states = {name: OnDevice(state, torch.device(recipe.device)) for name, state in states.items()}
+    if isinstance(states[recipe.tokenizer], Matched):
+        raise InputError(
+            f"the merge has the base's vocabulary, and that of expert {recipe.tokenizer!r} is another: leave tokenizer "
+            "out, or make that model the base"
+        )
+    if device.type != "cpu":
+        states = {name: OnDevice(state, device) for name, state in states.items()}
     base = states.pop(BASE)
     companions = paths[recipe.tokenizer]
     return Job(
@@ -154,13 +168,24 @@ def locate(where: str, folder: Path) -> Path:
     return hub_folder(where) if hub else path
 
 
+def checked_device(name: str) -> torch.device:
+    """The device of that name; raises InputError where there is none that computes."""
+    try:
+        device = torch.device(name)
+        float(torch.zeros((), device=device))
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch has no one kind for this
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "200 MB" or a number."""
     text = str(size).upper().replace(" ", "").removesuffix("B")
     factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
     try:
         count = int(float(text.rstrip("KMGT")) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         count = 0
     if count < 1:
         raise InputError(f"shard_size is {size!r}: expected bytes, or a size such as 5GB")

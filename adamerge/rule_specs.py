@@ -45,6 +45,9 @@ def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
 
 def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:
     """An object of plain arguments, checked against the types of its class."""
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if key in arguments and arguments[key] is None and parameter.default is not None:
+            raise InputError(f"{what}: {key!r} has no value; give one, or leave it out")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "it")
     try:
@@ -70,7 +73,7 @@ def _name_and_arguments(spec: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, dict) and "class_path" in spec:
         if odd := [key for key in spec if key not in ("class_path", "init_args")]:
             raise InputError(f"a rule has class_path and init_args, and no {odd[0]!r}")
-        return str(spec["class_path"]), dict(spec.get("init_args") or {})
+        spec = {str(spec["class_path"]): spec.get("init_args")}
     if isinstance(spec, dict) and len(spec) == 1:
         ((name, arguments),) = spec.items()
         if arguments is None or isinstance(arguments, dict):

@@ -1,5 +1,6 @@
 """Numbers that depend on the tensor: one for all, a gradient over the blocks, or either by patterns of names."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -22,7 +23,7 @@ def per_tensor(scale: Scale, names: Iterable[str]) -> dict[str, float]:
 
     Raises:
         InputError: for a pattern that no name has or that is no regular expression, for a tensor without a pattern,
-            and for an empty list.
+            for an empty list, and for NaN and infinity.
     """
     names = list(names)
     depth = depths(names)
@@ -38,6 +39,14 @@ def per_tensor(scale: Scale, names: Iterable[str]) -> dict[str, float]:
     return {name: chosen[name] for name in names}
 
 
+def check_pattern(pattern: str, owner: str) -> None:
+    """Raise InputError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{owner}: {pattern!r} is no regular expression: {error}") from error
+
+
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names in which a pattern is found; InputError where there is none."""
     try:
@@ -51,6 +60,9 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 def interpolate(gradient: Gradient, at: float) -> float:
     """The number at 0 ≤ `at` ≤ 1 between the first and the last of a gradient."""
+    numbers = gradient if isinstance(gradient, Sequence) else (gradient,)
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"expected a scale to be finite, got {gradient}")
     if not isinstance(gradient, Sequence):
         return float(gradient)
     if not gradient:

@@ -9,6 +9,7 @@ from adamerge.deltas import AnyDeltas
 from adamerge.errors import InputError
 from adamerge.rules.base import PerTensor, each_expert
 from adamerge.rules.random import generator
+from adamerge.scales import check_pattern
 from adamerge.task_vectors import TaskVectors, pieces
 
 
@@ -44,6 +45,7 @@ class Dare(RandomDrop):
     def __init__(self, drop: float = 0.9, seed: int = 0, rescale: bool = True, only: str | None = None) -> None:
         if not 0 <= drop < 1:
             raise InputError(f"expected 0 <= drop < 1 in Dare, got {drop}")
+        check_pattern(only or "", "Dare")
         self.drop, self.seed, self.rescale, self.only = drop, seed, rescale, only
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: tuple[str, ...]) -> AnyDeltas:

@@ -10,6 +10,7 @@ from torch import Tensor
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
 from adamerge.rules.base import PerTensor, each_expert
+from adamerge.scales import check_pattern
 from adamerge.task_vectors import TaskVectors
 
 
@@ -30,6 +31,7 @@ class Prune(PerTensor[None]):
     def __init__(self, keep: float = 0.1, sparse: bool = True, only: str | None = None) -> None:
         if not 0 < keep <= 1:
             raise InputError(f"expected 0 < keep <= 1 in Prune, got {keep}")
+        check_pattern(only or "", "Prune")
         self.keep, self.sparse, self.only = keep, sparse, only
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: None) -> AnyDeltas:

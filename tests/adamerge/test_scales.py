@@ -52,6 +52,8 @@ def test_the_first_pattern_counts():
         ({"mpl": 0.3, ".*": 1.0}, "no tensor has a name that matches 'mpl'"),
         ({"(": 0.3}, r"'\(' is no regular expression"),
         ([], "at least one number"),
+        (float("nan"), "expected a scale to be finite, got nan"),
+        ({".*": [0.1, float("inf")]}, "expected a scale to be finite"),
     ],
 )
 def test_scales_that_make_no_sense(tv, scale, words):

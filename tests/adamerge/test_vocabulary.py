@@ -74,6 +74,12 @@ def test_tokens_are_needed_to_match_by_them(folder):
         asked(folder, "intersect")
 
 
+def test_a_tokenizer_for_other_rows_than_the_merge_has_is_refused(folder):
+    recipe = {"base": "base", "experts": {"x": "expert"}, "vocabulary": "base", "tokenizer": "x"}
+    with pytest.raises(InputError, match="the merge has the base's vocabulary, and that of expert 'x' is another"):
+        job(parse(recipe), folder)
+
+
 def test_the_same_size_with_other_tokens_is_said_and_matched_if_asked(tmp_path):
     write(tmp_path / "base", BASE_TOKENS, 5, 0.0)
     write(tmp_path / "expert", ["<s>", "b", "a", "c", "d"], 5, 10.0)
