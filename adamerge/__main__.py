@@ -41,13 +41,14 @@ def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
 
     console = Console(stderr=True)
     try:
-        job = read(recipe)
+        job = read(recipe.expanduser())
+        output = output and output.expanduser()
         if output is None and not dry_run:
             raise InputError("name the folder to write: --output merged/")
         console.print(report(job, output))
         if output is not None and not dry_run:
             console.print(f"merged into {run(job, output, console)}", highlight=False)
-    except InputError as error:
+    except (InputError, OSError) as error:  # no right to write somewhere, for example
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

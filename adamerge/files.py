@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,28 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file under its final name only once it is complete."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is free again when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: where another process holds it. A system without such locks gives none, and no error.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # not every network file system has them
+            pass
+        yield
 
 
 def json_file(path: Path) -> Any:

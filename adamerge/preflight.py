@@ -101,7 +101,8 @@ def memory(job: Job) -> int:
 
 def _disk(output: Path, written: int) -> str:
     """Space needed and free; raises InputError where it does not do."""
-    place = next(folder for folder in output.absolute().parents if folder.exists())
+    output = output.resolve()
+    place = next(folder for folder in output.parents if folder.exists())
     partial = output.parent / f".{output.name}.partial"
     there = sum(file.stat().st_size for file in partial.iterdir()) if partial.is_dir() else 0
     free = shutil.disk_usage(place).free

@@ -17,7 +17,7 @@ from torch import Tensor
 from adamerge import __version__
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
-from adamerge.files import json_file, write_text
+from adamerge.files import json_file, locked, write_text
 from adamerge.fused import Joined
 from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
@@ -27,6 +27,9 @@ from adamerge.writing import layout, write_weights
 
 #: What is written beside the weights; of an unfinished merge, it says whether the next one may go on with it.
 RECORD = "adamerge.json"
+
+#: Held while a merge is written.
+LOCK = ".lock"
 
 #: Files of a model's folder that go with the merge: all that `from_pretrained` may ask for but weights.
 _COMPANIONS = re.compile(r".+\.(json|txt|model|jinja|py|tiktoken)")
@@ -39,14 +42,32 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
     An unfinished merge by the same recipe of the same files is gone on with; any other is begun again.
 
     Raises:
-        InputError: where the output folder holds something already, and when the disk is full.
+        InputError: where the output folder holds something already, or another merge is writing it, and when the disk
+            is full.
     """
     console = console or Console(stderr=True)
     check_output(output)
+    place = output.resolve()  # of a link, where it leads
+    partial = place.parent / f".{place.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(partial / LOCK):
+            _write(job, partial, console)
+            if place.is_dir():
+                place.rmdir()
+            partial.rename(place)
+    except BlockingIOError as error:
+        raise InputError(f"another merge into {output} is going on: wait for it, or name another folder") from error
+    (place / LOCK).unlink(missing_ok=True)
+    return output
+
+
+def _write(job: Job, partial: Path, console: Console) -> None:
+    """Everything that a merge writes, into this folder."""
     tensors = outcome(job)
     files = layout(tensors, job.shard_size)
     asked = {"recipe": plain(job.recipe), "files": identities(job.sources), "versions": _versions()}
-    partial = _begin(output.parent / f".{output.name}.partial", asked, console)
+    _begin(partial, asked, console)
     with _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
         planned = plan_split if job.split_fused_qkv else plan
         state = planned(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
@@ -54,15 +75,14 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
     if job.copy_from is not None:
         copy_companions(job.copy_from, partial, _config_changes(job))
     write_text(partial / RECORD, json.dumps(asked | {"elements": _elements(state)}, indent=2) + "\n")
-    if output.is_dir():
-        output.rmdir()
-    return partial.rename(output)
 
 
 def check_output(output: Path) -> None:
     """Raise InputError for a place that is taken."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already: name another folder, or remove it first")
+    if output.exists() and output.samefile(Path()):
+        raise InputError("the folder to write is made anew, and cannot be the one that you are in: name another")
 
 
 def outcome(job: Job) -> dict[str, Tensor]:
@@ -95,19 +115,19 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def _begin(partial: Path, asked: Mapping[str, Any], console: Console) -> Path:
-    """The folder to write to: that of an unfinished merge if it was asked for the same, else an empty one."""
-    if partial.exists():
+def _begin(partial: Path, asked: Mapping[str, Any], console: Console) -> None:
+    """Empty the folder to write to, unless it is that of an unfinished merge that was asked for the same."""
+    if (partial / RECORD).exists():
         before = json_file(partial / RECORD) or {}
         changed = [what for what in asked if before.get(what) != asked[what]]
         if changed:
             console.print(f"an unfinished merge had other {' and '.join(changed)}: begun again")
-            shutil.rmtree(partial)
+            for file in partial.iterdir():
+                if file.name != LOCK:
+                    file.unlink()
         else:
             console.print("going on with an unfinished merge")
-    partial.mkdir(parents=True, exist_ok=True)
     write_text(partial / RECORD, json.dumps(asked, indent=2) + "\n")
-    return partial
 
 
 def _dtype(job: Job, like: Tensor) -> torch.dtype:

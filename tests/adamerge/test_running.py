@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adamerge import InputError, merge, task_vectors, writing
 from adamerge.__main__ import main
+from adamerge.files import locked
 from adamerge.preflight import report
 from adamerge.recipes import job, parse, read
-from adamerge.running import RECORD, run
+from adamerge.running import LOCK, RECORD, run
 
 RECIPE = {
     "base": "base",
@@ -214,6 +215,32 @@ def test_a_folder_with_something_in_it_is_left_alone(models, tmp_path):
     assert run(recipe(models), tmp_path / "out", quiet()).is_dir()
 
 
+def test_one_merge_at_a_time_writes_a_folder(models, tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    with locked(partial / LOCK), pytest.raises(InputError, match=r"another merge into .*out is going on"):
+        run(recipe(models), tmp_path / "out", quiet())
+    assert [file.name for file in partial.iterdir()] == [LOCK]
+    assert not (run(recipe(models), tmp_path / "out", quiet()) / LOCK).exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(models, tmp_path, there):
+    if there:
+        (tmp_path / "place").mkdir()
+    (tmp_path / "out").symlink_to("place")
+    report(recipe(models), tmp_path / "out")
+    run(recipe(models), tmp_path / "out", quiet())
+    assert (tmp_path / "out").is_symlink()
+    assert same(weights(tmp_path / "place"), in_memory(models))
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot be the one that you are in"):
+        report(recipe(models), Path())
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +307,23 @@ def test_errors_are_a_sentence(command, tmp_path, text, words):
     assert status == 1
     assert words in said
     assert "Traceback" not in said
+
+
+def test_what_the_system_refuses_is_a_sentence_too(command, models, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".out.partial"))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    status, said = command("merge", models / "recipe.yaml", "--output", tmp_path / "out")
+    assert status == 1
+    assert "error: [Errno 13] Permission denied" in said
+
+
+def test_paths_may_begin_at_home(command, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(models))
+    status, said = command("merge", "~/recipe.yaml", "--output", "~/merged")
+    assert status == 0, said
+    shutil.rmtree(models / "merged")  # fails where it is not
 
 
 def test_an_output_is_wanted(command, models):
