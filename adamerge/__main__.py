@@ -1,9 +1,14 @@
-"""The command line: `adamerge merge recipe.yaml --output merged/`, `adamerge inspect recipe.yaml --output report/`."""
+"""The command line: `adamerge merge`, `adamerge inspect` and `adamerge fold`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
+
+if TYPE_CHECKING:
+    from adamerge.recipes import Job
 
 
 def parser() -> ArgumentParser:
@@ -26,22 +31,57 @@ def parser() -> ArgumentParser:
     looking.add_argument("--output", type=Path, help="the folder for report.txt, report.json and figures")
     looking.add_argument("--matrices", type=int, default=32, help="how many to decompose, evenly from first to last")
     commands.add_subcommand("inspect", looking, help="look into the experts of a recipe")
+    folding = ArgumentParser(
+        description="Let an expert join a merge without the experts that are in it already. What made the merge is "
+        "read from its adamerge.json, where that says."
+    )
+    folding.add_argument("merged", type=str, help="the merge so far: a folder")
+    folding.add_argument("expert", type=str, help="the expert that joins it: a folder, a file or a Hub id")
+    folding.add_argument("--base", type=str, required=True, help="the base model of all of them")
+    folding.add_argument("--output", type=Path, help="the folder to write: one that does not exist, or is empty")
+    folding.add_argument("--rule", type=str | None, help="that made the merge so far: Mean, TaskArithmetic or MagMax")
+    folding.add_argument("--count", type=int | None, help="how many experts are in it")
+    folding.add_argument("--scale", type=float | None, help="the scale that it was made with")
+    folding.add_argument("--dry-run", action="store_true", help="say what would be done; read and write no weights")
+    commands.add_subcommand("fold", folding, help="let an expert join a merge")
     return top
 
 
 def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
-    """Check a recipe, say what it is going to do and, unless that is all, do it."""
+    """Merge as a recipe says."""
     # torch takes seconds to import, which --help can do without.
+    from adamerge.recipes import read
+
+    carry_out(lambda: read(recipe.expanduser()), output, dry_run)
+
+
+def fold(
+    merged: str,
+    expert: str,
+    base: str,
+    output: Path | None,
+    rule: str | None,
+    count: int | None,
+    scale: float | None,
+    dry_run: bool,
+) -> None:
+    """Let an expert join a merge."""
+    from adamerge.folding import fold_job
+
+    carry_out(lambda: fold_job(merged, expert, base, rule, count, scale), output, dry_run)
+
+
+def carry_out(read: Callable[[], "Job"], output: Path | None, dry_run: bool) -> None:
+    """Check a job, say what it is going to do and, unless that is all, do it."""
     from rich.console import Console
 
     from adamerge.errors import InputError
     from adamerge.preflight import report
-    from adamerge.recipes import read
     from adamerge.running import run
 
     console = Console(stderr=True)
     try:
-        job = read(recipe.expanduser())
+        job = read()
         output = output and output.expanduser()
         if output is None and not dry_run:
             raise InputError("name the folder to write: --output merged/")
@@ -80,6 +120,8 @@ def main() -> None:
     asked = parser().parse_args()
     if asked.command == "inspect":
         inspect(asked.inspect.recipe, asked.inspect.output, asked.inspect.matrices)
+    elif asked.command == "fold":
+        fold(**{key: value for key, value in asked.fold.as_dict().items() if key != "config"})
     else:
         merge(asked.merge.recipe, asked.merge.output, asked.merge.dry_run)
 
