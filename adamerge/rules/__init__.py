@@ -13,6 +13,7 @@ from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
+from adamerge.rules.lora import CoPa, LoraLego
 from adamerge.rules.lore import LoRe
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
@@ -44,6 +45,7 @@ __all__ = [
     "Breadcrumbs",
     "Cabs",
     "Cart",
+    "CoPa",
     "ComPeft",
     "Consensus",
     "Correction",
@@ -65,6 +67,7 @@ __all__ = [
     "Linear",
     "Lines",
     "LoRe",
+    "LoraLego",
     "MagMax",
     "Matrices",
     "MaTs",
