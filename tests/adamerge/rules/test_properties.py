@@ -171,9 +171,9 @@ CASES = [
     Case(Breadcrumbs, {"keep": 0.3, "outliers": 0.1}, alone=False, identical="other"),  # drops entries
     Case(Cabs, {"n": 2, "m": 8}, alone=False, identical="other", ordered=True),  # the first expert has the choice
     Case(Cart, moves_base=True),  # from the mean
-    Case(CoPa, alone=False, identical="other", bound=4.0),  # drops entries of factors, scales both by 2
     Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
+    Case(CoPa, alone=False, identical="other", bound=4.0),  # drops entries of factors, scales both by 2
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
     Case(Doge, {"steps": 10}, alone=False, identical="other"),  # drops entries, of another length
@@ -208,12 +208,12 @@ CASES = [
     ),
     Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(LoraLego),  # as many units as one expert has
+    Case(LoraLego, {"rank": 2}, alone=False, identical="other"),  # joins units
     # What is shared counts once, and is the base.
     Case(LoRe, {"steps": 2}, alone=False, identical="other", moves_base=True),
     # Rounding grows with the number of steps.
     Case(MaTs, lambda tasks: {**measured(tasks), "iterations": 15}, bound=40.0),
-    Case(LoraLego),  # as many units as one expert has
-    Case(LoraLego, {"rank": 2}, alone=False, identical="other"),  # joins units
     Case(MagMax),
     Case(Mean),
     Case(Merged, {"rules": [TaskArithmetic()]}, identical="sum"),
