@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from adamerge.tensor_files import SafetensorsState, names_in
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+#: L [m, r] and R [r, n]: a change L R of a tensor [m, …] with n elements a row.
+Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 def meta(state: Mapping[str, Tensor], name: str) -> Tensor:
@@ -36,13 +39,22 @@ def rows_of(state: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
     return state.rows(name, rows) if hasattr(state, "rows") else state[name][rows]
 
 
+def factors_of(state: Mapping[str, Tensor], name: str, rows: slice | None = None) -> Factors | None:
+    """What one tensor (or some rows of it) differs by from the base's, where the state keeps that as factors."""
+    return state.factors(name, rows) if hasattr(state, "factors") else None
+
+
 def open_state(where: str | Path, prefix: str = "") -> Mapping[str, Tensor]:
     """Open a checkpoint as a mapping from names to tensors (lazy for safetensors, memory-mapped for torch files).
 
     `prefix` keeps the tensors under one submodule and drops the prefix from their names (`"backbone."`).
     Raises InputError for a file that is missing, truncated, of an unknown format, or that would run code if loaded.
     """
-    state = _open(where)
+    return within(_open(where), prefix, where)
+
+
+def within(state: Mapping[str, Tensor], prefix: str, where: str | Path) -> Mapping[str, Tensor]:
+    """The tensors under a prefix, without it; `where` the state is from is for the error if there are none."""
     if not prefix:
         return state
     inner = {name[len(prefix) :]: name for name in state if name.startswith(prefix)}
@@ -73,6 +85,10 @@ class Renamed(Mapping[str, Tensor]):
         """As `rows_of(state, name, rows)`, under the new name."""
         return rows_of(self._state, self._names[name], rows)
 
+    def factors(self, name: str, rows: slice | None = None) -> Factors | None:
+        """As `factors_of(state, name, rows)`, under the new name."""
+        return factors_of(self._state, self._names[name], rows)
+
     def meta(self, name: str) -> Tensor:
         """As `meta(state, name)`, under the new name."""
         return meta(self._state, self._names[name])
@@ -101,8 +117,15 @@ def hub_folder(name: str) -> Path:
         ) from error
 
 
-def _open(where: str | Path) -> Mapping[str, Tensor]:
+def local(where: str | Path) -> Path:
+    """The file or folder itself, or the local copy of a Hub model; it need not exist."""
     path = Path(where)
+    named = isinstance(where, str) and _HUB_ID.match(where) and path.suffix not in _SUFFIXES
+    return hub_folder(str(where)) if named and not path.exists() and not path.parent.exists() else path
+
+
+def _open(where: str | Path) -> Mapping[str, Tensor]:
+    path = local(where)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
@@ -111,8 +134,6 @@ def _open(where: str | Path) -> Mapping[str, Tensor]:
         if path.suffix in _TORCH_SUFFIXES:
             return _state_dict_of(load_torch(path), path)
         raise InputError(f"{path}: unknown format; expected {', '.join(_SUFFIXES)} or a folder")
-    if isinstance(where, str) and _HUB_ID.match(where) and path.suffix not in _SUFFIXES and not path.parent.exists():
-        return _open_folder(hub_folder(where))
     raise InputError(f"no such checkpoint: {path}")
 
 
@@ -122,6 +143,8 @@ def _open_folder(folder: Path) -> Mapping[str, Tensor]:
             return _open_sharded(index)
         if (single := folder / stem).is_file():
             return _open(single)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder} holds an adapter, no model: give it as an expert, beside the base that it adapts")
     raise InputError(f"{folder} holds no model.safetensors, no pytorch_model.bin and no index of either")
 
 

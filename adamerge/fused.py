@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import meta, rows_of
+from adamerge.checkpoints import Factors, factors_of, meta, rows_of
 from adamerge.deltas import dense
 from adamerge.kinds import role
 from adamerge.rules.combining import MergedState
@@ -58,6 +58,20 @@ class Split(View):
             return meta(self.state, name)
         whole, n = self.thirds.names[name]
         return meta(self.state, whole).chunk(3, self.thirds.axes[whole])[n]
+
+    def factors(self, name: str, rows: slice | None = None) -> Factors | None:
+        """As `factors_of(state, name, rows)`."""
+        if name not in self.thirds.names:
+            return factors_of(self.state, name, rows)
+        whole, n = self.thirds.names[name]
+        if (found := factors_of(self.state, whole)) is None:
+            return None
+        left, right = found
+        if self.thirds.axes[whole] == 0:
+            left = left.chunk(3)[n]
+        else:
+            right = right.chunk(3, 1)[n]
+        return left[rows or slice(None)], right
 
     def part(self, name: str, rows: slice | None) -> Tensor:
         if name not in self.thirds.names:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from adamerge.adapters import is_adapter, open_expert
 from adamerge.checkpoints import hub_folder, open_state
 from adamerge.errors import InputError
 from adamerge.merge import Step
@@ -58,7 +59,7 @@ class Recipe:
 
     Attributes:
         base: a folder or file, relative to the recipe's folder, or a Hub id.
-        experts: task -> likewise.
+        experts: task -> likewise, or the folder or Hub id of a LoRA adapter of the base.
         rules: in order; `Trim`, `{Trim: {keep: 0.2}}` or `{class_path: adamerge.rules.Trim, init_args: {keep: 0.2}}`.
         scale: a number, a list of them from the first block to the last, or either by patterns of names.
         exclude: patterns of tensors that stay the base's.
@@ -135,7 +136,11 @@ def job(recipe: Recipe, folder: Path) -> Job:
     sources = {BASE: recipe.base, **recipe.experts}
     paths = {name: locate(where, folder) for name, where in sources.items()}
     device = checked_device(recipe.device)
-    states = as_tied({name: open_state(path) for name, path in paths.items()}, paths)
+    if is_adapter(paths[recipe.tokenizer]):
+        raise InputError(f"tokenizer is {recipe.tokenizer!r}, an adapter without a config of its own: leave it out")
+    whole = open_state(paths[BASE])
+    opened = {BASE: whole, **{task: open_expert(paths[task], whole) for task in recipe.experts}}
+    states = as_tied(opened, paths)
     states, notes = fitted(states, paths, recipe.vocabulary)
     if isinstance(states[recipe.tokenizer], Matched):
         raise InputError(

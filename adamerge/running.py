@@ -33,7 +33,7 @@ LOCK = ".lock"
 
 #: Files of a model's folder that go with the merge: all that `from_pretrained` may ask for but weights.
 _COMPANIONS = re.compile(r".+\.(json|txt|model|jinja|py|tiktoken)")
-_NO_COMPANIONS = re.compile(rf".+\.index\.json|{RECORD}|trainer_state\.json|requirements\.txt")
+_NO_COMPANIONS = re.compile(rf".+\.index\.json|{RECORD}|adapter_config\.json|trainer_state\.json|requirements\.txt")
 
 
 def run(job: Job, output: Path, console: Console | None = None) -> Path:

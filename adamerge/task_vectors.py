@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from adamerge import fingerprint
-from adamerge.checkpoints import meta, open_state, rows_of
+from adamerge.adapters import open_expert, stacked
+from adamerge.checkpoints import Factors, factors_of, meta, open_state, rows_of, within
 from adamerge.deltas import AnyDeltas, Deltas, dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
@@ -33,8 +34,9 @@ class TaskVectors:
         tasks: the names of the K experts, as a rule of their tasks, in the order of the first axis of every delta.
         base: the base state dict.
         deltas: [K, *shape] for every floating tensor of the base; float32 at least, so that half-precision experts keep
-            their small differences. Tensors that no expert changed are zeros that take no memory. A transform may have
-            put a compressed form (`adamerge.deltas.Deltas`) in the place of a parameter's.
+            their small differences. Tensors that no expert changed are zeros that take no memory. Those of adapters
+            are their factors, and a transform may have put another compressed form (`adamerge.deltas.Deltas`) in the
+            place of a parameter's.
         tied: names that share one tensor with another name, and that other name; they are merged once.
 
     Build it with `from_state_dicts` or `open`; both raise InputError for experts that do not fit the base.
@@ -62,10 +64,13 @@ class TaskVectors:
     def open(cls, base: str | Path, experts: Mapping[str, str | Path], prefix: str = "") -> "TaskVectors":
         """Task vectors over checkpoint files: headers are checked now, a tensor is read when it is asked for.
 
-        `prefix` keeps the tensors under one submodule of every file (see `adamerge.checkpoints.open_state`).
-        `load()` reads everything into memory.
+        An expert may be a LoRA adapter of the base (see `adamerge.adapters`): its task vector is s B A, whatever the
+        base's precision. `prefix` keeps the tensors under one submodule of every file (see
+        `adamerge.checkpoints.open_state`). `load()` reads everything into memory.
         """
-        return cls.over(open_state(base, prefix), {task: open_state(where, prefix) for task, where in experts.items()})
+        whole = open_state(base)
+        states = {task: within(open_expert(where, whole), prefix, where) for task, where in experts.items()}
+        return cls.over(within(whole, prefix, base), states)
 
     @classmethod
     def over(cls, base: State, experts: Mapping[str, State]) -> "TaskVectors":
@@ -87,7 +92,7 @@ class TaskVectors:
             base[name], experts = source.read(name)
             digests.update(name, [base[name], *experts])
             if name in source:
-                deltas[name] = _compact(source.stack(base[name], iter(experts)))
+                deltas[name] = _compact(source.stack(name, base[name], iter(experts)))
         order = [name for name in self.base if name in base]
         ordered = ({name: base[name] for name in order}, {name: deltas[name] for name in source})
         loaded = TaskVectors(*ordered, self.tasks, self.tied, digests.hexdigests())
@@ -192,7 +197,7 @@ class TaskVectors:
                 warnings.warn(message, stacklevel=3)
 
 
-class _Differences(Mapping[str, Tensor]):
+class _Differences(Mapping[str, AnyDeltas]):
     """Deltas computed when asked for, from states that may be lazy."""
 
     def __init__(
@@ -209,33 +214,54 @@ class _Differences(Mapping[str, Tensor]):
 
     def read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of one tensor, checked to be finite."""
-        return self._base(name), list(self._experts(name))
+        return self._base(name), [self._expert(task, name) for task in self.experts]
 
     def rows(self, name: str, rows: slice) -> tuple[Tensor, Tensor]:
         """Base and deltas of some rows of one tensor."""
         base = _finite("the base", name, rows_of(self.base, name, rows))
-        return base, self.stack(base, self._experts(name, rows))
+        return base, dense(self.stack(name, base, None, rows))
 
-    def stack(self, base: Tensor, experts: Iterator[Tensor]) -> Tensor:
-        """[K, *shape] differences, in float32 or better; each expert is let go before the next is read."""
+    def stack(
+        self, name: str, base: Tensor, experts: Iterator[Tensor] | None = None, rows: slice | None = None
+    ) -> AnyDeltas:
+        """[K, *shape] differences, in float32 or better; each expert is let go before the next is read.
+
+        Where all experts are adapters their factors are the differences; where some are, these are exact nonetheless.
+        `experts` are those that are read already.
+        """
+        factors = [self._factors(task, name, rows) for task in self.experts]
+        known = [pair for pair in factors if pair is not None]
+        if len(known) == len(factors):
+            return stacked(known, base.shape)
         dtype = torch.promote_types(torch.float32, base.dtype)
-        start, stacked = base.to(dtype), base.new_empty((len(self.experts), *base.shape), dtype=dtype)
-        for out in stacked:
-            out.copy_(next(experts)).sub_(start)
-        return stacked
+        start, out = base.to(dtype), base.new_empty((len(self.experts), *base.shape), dtype=dtype)
+        for k, (task, pair) in enumerate(zip(self.experts, factors, strict=True)):
+            expert = next(experts) if experts else None
+            if pair is not None:
+                out[k] = (pair[0] @ pair[1]).view(base.shape)
+            else:
+                out[k].copy_(self._expert(task, name, rows) if expert is None else expert).sub_(start)
+        return out
 
     def _base(self, name: str) -> Tensor:
         return _finite("the base", name, self.base[name])
 
-    def _experts(self, name: str, rows: slice | None = None) -> Iterator[Tensor]:
-        for task, state in self.experts.items():
-            own = _name_in(state, name, self.tied)
-            yield _finite(f"expert {task!r}", name, state[own] if rows is None else rows_of(state, own, rows))
+    def _expert(self, task: str, name: str, rows: slice | None = None) -> Tensor:
+        state = self.experts[task]
+        own = _name_in(state, name, self.tied)
+        return _finite(f"expert {task!r}", name, state[own] if rows is None else rows_of(state, own, rows))
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _factors(self, task: str, name: str, rows: slice | None) -> Factors | None:
+        state = self.experts[task]
+        if (found := factors_of(state, _name_in(state, name, self.tied), rows)) is None:
+            return None
+        left, right = (_finite(f"expert {task!r}", name, factor) for factor in found)
+        return left, right
+
+    def __getitem__(self, name: str) -> AnyDeltas:
         if name not in self._known:
             raise KeyError(name)
-        return self.stack(self._base(name), self._experts(name))
+        return self.stack(name, self._base(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

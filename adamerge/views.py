@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import Renamed, meta, rows_of
+from adamerge.checkpoints import Factors, Renamed, factors_of, meta, rows_of
 from adamerge.files import json_file
 from adamerge.kinds import role
 from adamerge.task_vectors import BASE
@@ -56,6 +56,11 @@ class OnDevice(View):
     def part(self, name: str, rows: slice | None) -> Tensor:
         tensor = self.state[name] if rows is None else rows_of(self.state, name, rows)
         return tensor.to(self.device)
+
+    def factors(self, name: str, rows: slice | None = None) -> Factors | None:
+        """As `factors_of(state, name, rows)`."""
+        found = factors_of(self.state, name, rows)
+        return found and (found[0].to(self.device), found[1].to(self.device))
 
 
 def as_tied(states: Mapping[str, State], folders: Mapping[str, Path]) -> dict[str, State]:

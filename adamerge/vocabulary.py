@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import meta, rows_of
+from adamerge.checkpoints import Factors, factors_of, meta, rows_of
 from adamerge.errors import InputError
 from adamerge.files import json_file
 from adamerge.kinds import role
@@ -71,6 +71,10 @@ class Matched(View):
     def meta(self, name: str) -> Tensor:
         like = meta(self.state, name)
         return like.new_empty(meta(self.base, name).shape) if name in self.names else like
+
+    def factors(self, name: str, rows: slice | None = None) -> Factors | None:
+        """As `factors_of(state, name, rows)`."""
+        return None if name in self.names else factors_of(self.state, name, rows)
 
     def part(self, name: str, rows: slice | None) -> Tensor:
         if name not in self.names:

@@ -151,8 +151,8 @@ class _Parser:
         if not isinstance(loaded, str) or not loaded:
             raise self.error(f"{where}: expected a folder or Hub id as the model, got {loaded!r}")
         if not Path(loaded).exists():
-            if "+" in loaded:
-                raise self.error(f"{where}: {loaded!r} adds an adapter, which is not supported; merge it first")
+            if "" in (parts := loaded.split("+")) or len(parts) > 2:
+                raise self.error(f"{where}: {loaded!r} is no model+adapter: expected one adapter after the model")
             if "@" in loaded:
                 raise self.error(f"{where}: {loaded!r} names a revision, which is not supported; download it first")
         return loaded

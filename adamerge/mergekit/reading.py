@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from adamerge.adapters import Adapted, is_adapter
 from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
 from adamerge.errors import InputError
 from adamerge.mergekit.companions import changes, tokenizer
@@ -24,6 +25,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
 
     Args:
         path: the YAML file; models in it are folders, relative to the working directory, or Hub ids.
+            `model+adapter` is a model with a LoRA adapter added, in the model's precision.
         seed: of the random masks of `dare_*` and `della*`.
 
     Raises:
@@ -32,7 +34,8 @@ def read(path: str | Path, seed: int = 0) -> Job:
     settings = parse(path)
     parts = [(part.base, *(source.model for source in part.sources)) for part in settings.slices]
     files = {model: _locate(model) for model in dict.fromkeys(sum(parts, ())) if model is not None}
-    states = {model: _open(where) for model, where in files.items()}
+    adapters = {model: folder for model in files if (folder := _adapter(model)) is not None}
+    states = {model: _open(where, adapters.get(model)) for model, where in files.items()}
     slices = settings.slices[0].sources[0].layers is not None
     outputs = stacked(settings, states) if slices else whole(settings, states)
     task_vectors = _task_vectors(outputs, states, files)
@@ -51,7 +54,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
         task_vectors=task_vectors,
         rules=(Mergekit(settings.method, resolved),),
         dtype=settings.dtype,
-        sources=files,
+        sources=files | {f"{model} (adapter)": folder for model, folder in adapters.items()},
         copy_from=companions if companions.is_dir() else None,
         config=changes(layers(settings) if slices else None, home, files, companions),
         recipe={**settings.file, "seed": seed},
@@ -60,17 +63,32 @@ def read(path: str | Path, seed: int = 0) -> Job:
 
 
 def _locate(model: str) -> Path:
-    """Where a model is; a Hub id is downloaded."""
+    """Where a model is, without the adapter of `model+adapter`; a Hub id is downloaded."""
     path = Path(model)
     if path.exists():
         return path
+    if "+" in model:
+        return _locate(model.partition("+")[0])
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         raise InputError(f"no such model: {model}; expected a folder, a file of weights or a Hub id")
     return hub_folder(model)
 
 
-def _open(where: Path) -> State:
+def _adapter(model: str) -> Path | None:
+    """Where the adapter of `model+adapter` is."""
+    if Path(model).exists() or "+" not in model:
+        return None
+    folder = _locate(model.partition("+")[2])
+    if not is_adapter(folder):
+        raise InputError(f"{model}: {folder} holds no adapter_config.json, and only an adapter can be added to a model")
+    return folder
+
+
+def _open(where: Path, adapter: Path | None) -> State:
     state = open_state(where)
+    if adapter is not None:
+        # The base of a merge may be another model, or another layer of it, than the one that is adapted.
+        state = Adapted(state, adapter, factored=False)
     kept = {name: name for name in state if not _DERIVED.search(name)}
     return state if len(kept) == len(state) else Renamed(state, kept)
 

@@ -13,6 +13,7 @@ from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
 from adamerge.rules.lines import Lines
+from adamerge.rules.lora import CoPa, LoraLego
 from adamerge.rules.lore import LoRe
 from adamerge.rules.magmax import MagMax
 from adamerge.rules.masks import Emr, TallMask
@@ -46,6 +47,7 @@ __all__ = [
     "Cart",
     "ComPeft",
     "Consensus",
+    "CoPa",
     "Correction",
     "Dare",
     "Della",
@@ -64,6 +66,7 @@ __all__ = [
     "LearnedCoefficients",
     "Linear",
     "Lines",
+    "LoraLego",
     "LoRe",
     "MagMax",
     "Matrices",

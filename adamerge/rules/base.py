@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints import meta
-from adamerge.deltas import AnyDeltas, Sparse, changed
+from adamerge.deltas import AnyDeltas, LowRank, Sparse, changed
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.task_vectors import TaskVectors, pieces
@@ -27,12 +27,14 @@ class Stack:
         base: [*shape], in the dtype of the deltas.
         deltas: [K, *shape], in float32 or better.
         tasks: the K experts, in the order of the first axis.
+        factors: of the deltas, where they are adapters' or a transform has left factors.
     """
 
     name: str
     base: Tensor
     deltas: Tensor
     tasks: tuple[str, ...]
+    factors: LowRank | None = None
 
     @property
     def experts(self) -> Tensor:

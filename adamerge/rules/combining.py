@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints import meta, rows_of
-from adamerge.deltas import dense
+from adamerge.deltas import LowRank, dense
 from adamerge.kinds import kind
 from adamerge.rules.base import Changes, Correction, Rule, Stack, Transform
 from adamerge.rules.linear import Mean
@@ -115,7 +115,8 @@ class MergedState(Mapping[str, Tensor]):
 
 def _stack(task_vectors: TaskVectors, name: str, rows: slice | None) -> Stack:
     base, deltas = task_vectors.piece(name, rows)
-    return Stack(name, base.to(deltas.dtype), dense(deltas), task_vectors.tasks)
+    factors = deltas if isinstance(deltas, LowRank) else None
+    return Stack(name, base.to(deltas.dtype), dense(deltas), task_vectors.tasks, factors)
 
 
 @torch.no_grad()

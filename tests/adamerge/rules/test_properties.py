@@ -28,6 +28,7 @@ from adamerge.rules import (
     Cart,
     ComPeft,
     Consensus,
+    CoPa,
     Correction,
     Dare,
     Della,
@@ -46,6 +47,7 @@ from adamerge.rules import (
     LearnedCoefficients,
     Linear,
     Lines,
+    LoraLego,
     LoRe,
     MagMax,
     Matrices,
@@ -171,6 +173,7 @@ CASES = [
     Case(Cart, moves_base=True),  # from the mean
     Case(ComPeft, {"keep": 0.3}, alone=False, identical="other", adds_up=True),  # drops entries, keeps signs
     Case(Consensus, {"threshold": 0.3}, experts=2, identical="sum"),
+    Case(CoPa, alone=False, identical="other", bound=4.0),  # drops entries of factors, scales both by 2
     Case(Dare, {"drop": 0.5}, alone=False, identical="other"),  # drops entries
     Case(Della, alone=False, identical="other"),  # drops entries
     Case(Doge, {"steps": 10}, alone=False, identical="other"),  # drops entries, of another length
@@ -205,6 +208,8 @@ CASES = [
     ),
     Case(Lines, alone=False, identical="other", adds_up=True),  # another factor per block
     Case(Lines, {"alpha": 0.3, "beta": 0.4}, alone=False, identical="other"),
+    Case(LoraLego),  # as many units as one expert has
+    Case(LoraLego, {"rank": 2}, alone=False, identical="other"),  # joins units
     # What is shared counts once, and is the base.
     Case(LoRe, {"steps": 2}, alone=False, identical="other", moves_base=True),
     # Rounding grows with the number of steps.
