@@ -120,7 +120,7 @@ def test_rules_that_are_none(spec, words):
         ({"experts": {}}, "no expert given"),
         ({"experts": {"a": "b.safetensors"}}, "no such checkpoint"),
         ({"tokenizer": "b"}, "tokenizer is 'b'"),
-        ({"experts": {1: "a.safetensors"}}, "an expert cannot be called 1: rename it, or put it in quotes"),
+        ({"experts": {1: "a.safetensors"}}, "an expert cannot be called 1: give it another name, or put it in quotes"),
         ({"experts": MINIMAL["experts"] | {"base": "a.safetensors"}}, "an expert cannot be called 'base'"),
         ({"device": "gpu"}, "device 'gpu' cannot be used: Expected one of cpu, cuda"),
         ({"device": "meta"}, "device 'meta' cannot be used"),
