@@ -19,9 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from adamerge.drawing import save, style
 from adamerge.files import write_text
 from adamerge.permutations import apply, chain, match_activations, match_weights
-from trainers.figures import save, style
 
 STEPS = [step / 24 for step in range(25)]
 State = dict[str, Tensor]

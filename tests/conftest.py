@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adamerge import TaskVectors
+
 State = dict[str, Tensor]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,12 @@ def base(model: nn.Module) -> State:
 def experts(base: State) -> dict[str, State]:
     """Three experts near the base, by task."""
     return {task: moved(base, seed) for seed, task in enumerate(TASKS, 1)}
+
+
+@pytest.fixture
+def tv(base: State, experts: dict[str, State]) -> TaskVectors:
+    """Base and experts as task vectors."""
+    return TaskVectors.from_state_dicts(base, experts)
 
 
 def moved(state: State, seed: int) -> State:

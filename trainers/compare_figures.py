@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from adamerge.drawing import save, style
 from trainers.comparison import BEST, Comparison
-from trainers.figures import colour, save, style
+from trainers.figures import colour
 
 _MARKERS = "osD^vPX"
 _GREY = "#555555"

@@ -11,16 +11,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from adamerge.files import replacing
+from adamerge.drawing import save, style
 from adamerge.kinds import block_of
 
-_STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "figure.dpi": 160,
-}
 _ROWS_PER_COLUMN = 52
 
 
@@ -193,16 +186,3 @@ def colour(k: int) -> Any:
 
 def _greys(i: int, count: int) -> str:
     return "#c0392b" if i == count - 1 else ("#b9c4cf", "#7f93a6", "#f2b5a7", "#4a6074")[i % 4]
-
-
-def style() -> Any:
-    """How every figure of this project looks, as a context."""
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the file's name says."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,17 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from adamerge.files import replacing
+from adamerge.drawing import save, style
 from adamerge.inspecting.geometry import Geometry, ratio
 from adamerge.inspecting.spectra import Spectrum
 
-_STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "figure.dpi": 160,
-}
 _INK, _PALE = "#c0392b", "#b9c4cf"
 
 
@@ -29,19 +21,13 @@ def draw(geometry: Geometry, spectra: Sequence[Spectrum], folder: Path) -> None:
     """`cosine.png`, `norms.png`, `signs.png` and, where matrices were decomposed, `spectra.png`."""
     if not geometry.blocks:
         return
-    with matplotlib.rc_context(_STYLE):
+    with style():
         save(_norms(geometry), folder / "norms.png")
         if len(geometry.tasks) > 1:
             save(_cosine(geometry), folder / "cosine.png")
             save(_signs(geometry), folder / "signs.png")
         if spectra:
             save(_spectra(geometry.tasks, spectra), folder / "spectra.png")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure under its final name only once it is complete."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _cosine(geometry: Geometry) -> Figure:

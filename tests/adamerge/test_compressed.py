@@ -22,11 +22,6 @@ STEPS = {
 every_form = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_experts_come_back_bit_for_bit(base, experts, tmp_path, steps, dtype):

@@ -13,11 +13,6 @@ from adamerge import InputError, TaskVectors, merge
 from adamerge.rules import Mean, TaskArithmetic
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 def same(left, right) -> bool:
     """Same names in the same order, same dtypes, same bits."""
     return list(left) == list(right) and all(

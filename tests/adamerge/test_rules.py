@@ -15,11 +15,6 @@ def one_hot(task: str) -> CoefficientTable:
     return CoefficientTable({name: {other: float(other == task) for other in TASKS} for name in NAMES})
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 def test_task_arithmetic_sums_and_the_mean_divides():
     deltas = torch.tensor([[1.0, 2.0], [3.0, -4.0], [2.0, 5.0]])
     stack = Stack("w", torch.zeros(2), deltas, TASKS)

@@ -1,18 +1,13 @@
 """Runs on the tiny suite: in this process and from the command line."""
 
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
+from tiny_suite import TinySuite
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from tiny_suite import TinySuite  # noqa: E402
-
-from modules import Coefficients  # noqa: E402
-from trainers import Adaptation, Stream  # noqa: E402
+from modules import Coefficients
+from trainers import Adaptation, Stream
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,6 @@ from adamerge.rules import ElectSign, Mean, Rebase, TaskArithmetic, Trim, Trunca
 RULES = [TaskArithmetic(), Mean(), ElectSign("mean")]
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_the_base_is_the_merge_and_the_experts_stay(tv, experts, rule):
     after = Rebase(rule, scale=0.4)(tv)

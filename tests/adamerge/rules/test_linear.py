@@ -8,11 +8,6 @@ from adamerge import InputError, TaskVectors, merge
 from adamerge.rules import Expo, Linear, Mean, MetaGpt, Trim
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 @pytest.mark.parametrize("weights", [[3.0, 1.0, -0.5], {"signs": -0.5, "digits": 3.0, "letters": 1.0}], ids=str)
 def test_a_weighted_average_of_the_weights(tv, experts, weights):
     merged, plain = merge(tv, [Linear(weights)]), merge(tv, [Linear(weights, normalize=False)])

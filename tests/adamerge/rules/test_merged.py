@@ -14,11 +14,6 @@ from adamerge.rules import Cart, ElectSign, Emr, Mean, Merged, Rebase, TaskArith
 LISTS = {"mean": [Mean()], "TIES": [Trim(0.3), ElectSign()], "disjoint mean": [ElectSign("mean")], "trimmed": [Trim()]}
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 @pytest.mark.parametrize("rules", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
 def test_the_sum_of_the_parts_is_the_merge(tv, rules, scale):

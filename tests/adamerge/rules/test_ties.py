@@ -2,26 +2,12 @@
 
 import pytest
 import torch
+from by_hand import vectors
 from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors, merge
 from adamerge.rules import ElectSign, Mean, TaskArithmetic, Trim, transform
 from adamerge.rules.ties import kth_magnitudes
-
-
-def vectors(**deltas: list[list[float]]) -> TaskVectors:
-    """Task vectors from a zero base, tensor by tensor."""
-    values = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in deltas.items()}
-    tasks = "abcdefgh"[: len(next(iter(values.values())))]
-    base = {name: torch.zeros_like(rows[0]) for name, rows in values.items()}
-    experts = {task: {name: rows[k] for name, rows in values.items()} for k, task in enumerate(tasks)}
-    return TaskVectors.from_state_dicts(base, experts)
-
-
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
 
 # -- thresholds --------------------------------------------------------------------------------------------------------
 

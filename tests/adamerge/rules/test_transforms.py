@@ -74,11 +74,6 @@ def identical(left: Mapping[str, Tensor | Deltas], right: Mapping[str, Tensor | 
     )
 
 
-@pytest.fixture
-def tv(base, experts) -> TaskVectors:
-    return TaskVectors.from_state_dicts(base, experts)
-
-
 @every_transform
 def test_what_goes_in_is_not_changed(base, experts, step):
     kept = copy.deepcopy((base, experts))
