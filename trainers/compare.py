@@ -62,8 +62,10 @@ def _ending(run: Run, record: Record) -> str:
     """How a run ended, in a line."""
     if record.error:
         return f"failed: {record.error}"
-    averages = {row["method"]: row["average"] for row in (run.results() or {})["rows"]}
-    return f"{100 * averages['this run, adapted']:.1f} %, {record.seconds:.0f} s, {record.peak_gb or 0:.1f} GB"
+    averages = {row["method"]: row["average"] for row in (run.results() or {}).get("rows", ())}
+    average = averages.get("this run, adapted")
+    score = "not scored" if average is None else f"{100 * average:.1f} %"
+    return f"{score}, {record.seconds:.0f} s, {record.peak_gb or 0:.1f} GB"
 
 
 def _report(plan: Plan, command: str) -> Comparison:

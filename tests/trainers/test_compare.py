@@ -154,6 +154,12 @@ def test_a_run_that_ended_unseen_is_done_and_one_that_failed_is_not(run):
     assert run.results() is None
 
 
+@pytest.mark.parametrize(("found", "said"), [(results(0.7), "70.0 %, 2 s"), ({"rows": []}, "not scored, 2 s")])
+def test_the_end_of_a_run_in_a_line(run, found, said):
+    leave(run, **found)
+    assert compare._ending(run, run.record()).startswith(said)
+
+
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(run):
     leave(run, STOPPED)
     assert "--ckpt_path" not in run.command()
