@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adamerge.batches import Likelihoods, Logits, Targets, call, each, example, masks_of, output_logits, size, wide
 from adamerge.errors import InputError
 
-#: What can be measured; see `observe`, and `adamerge.agreement` for how experts agree.
-Measure = Literal["gram", "merged_gram", "magnitude", "output_gram", "fisher", "sensitivity", "agreement"]
+#: What can be measured; see `observe`, `adamerge.agreement` for how experts agree, `adamerge.selecting` for shares.
+Measure = Literal["gram", "merged_gram", "magnitude", "output_gram", "fisher", "sensitivity", "agreement", "share"]
 
 _INPUTS = ("gram", "merged_gram", "magnitude")
 _GRADIENTS: tuple[Measure, ...] = ("fisher", "sensitivity")
@@ -97,7 +97,7 @@ def observe(
         InputError: without batches; for an unknown measure, labels that are missing, masks that cannot be told apart,
             and layers that share their inputs at times only.
     """
-    known = [measure for measure in get_args(Measure) if measure != "agreement"]
+    known = [measure for measure in get_args(Measure) if measure not in ("agreement", "share")]
     if unknown := sorted(set(measures) - set(known)):
         raise InputError(f"expected measures among {', '.join(known)}, got {unknown[0]!r}")
     sums = _Sums(model, frozenset(measures), layers)

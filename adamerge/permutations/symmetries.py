@@ -6,7 +6,7 @@ label are permuted alike; what adds up in a residual stream shares one.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 
 from torch import Tensor
@@ -24,10 +24,16 @@ class Axis:
 
     Queries, keys and values in one tensor repeat three times; an attention head has many inner entries, as has a
     channel that is flattened into the inputs of a linear layer.
+
+    Attributes:
+        label: of the units.
+        repeat: see above.
+        reads: whether units are the inputs of a layer along it, instead of what a layer puts out.
     """
 
     label: str
     repeat: int = 1
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,8 @@ def chain(state: State) -> Symmetry:
     current: Axis | None = None
     for name, tensor in floating.items():
         if name in layers:
-            before, current = current, Axis(labels[name]) if name in labels else None
+            before = replace(current, reads=True) if current else None
+            current = Axis(labels[name]) if name in labels else None
             axes[name] = (current, before, *[None] * (tensor.dim() - 2))
         else:
             axes[name] = (current,) * tensor.dim()
@@ -180,14 +187,15 @@ def _labels(family: Family, name: str) -> tuple[str | EllipsisType | None, ...] 
 def _axes(labels: Labels, count: int, joined: Mapping[str, str]) -> tuple[Axis | None, ...]:
     last = labels[:1] == (...,)
     named = [label for label in labels if not isinstance(label, EllipsisType)][:count]
-    axes = [None if label is None else _axis(label, joined) for label in named]
+    reads = [number > 0 and not last for number in range(len(named))]
+    axes = [None if label is None else _axis(label, joined, read) for label, read in zip(named, reads, strict=True)]
     rest = [None] * (count - len(axes))
     return (*rest, *axes) if last else (*axes, *rest)
 
 
-def _axis(label: str, joined: Mapping[str, str]) -> Axis:
+def _axis(label: str, joined: Mapping[str, str], reads: bool) -> Axis:
     repeat, _, name = label.rpartition(" ")
-    return Axis(joined.get(name, name), int(repeat or 1))
+    return Axis(joined.get(name, name), int(repeat or 1), reads)
 
 
 def _sizes(state: State, axes: Mapping[str, tuple[Axis | None, ...]], heads: int | None) -> dict[str, int]:

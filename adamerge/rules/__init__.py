@@ -9,6 +9,7 @@ from adamerge.rules.dare import Dare, Della
 from adamerge.rules.doge import Doge
 from adamerge.rules.fisher import Fisher
 from adamerge.rules.fold import Fold, fold
+from adamerge.rules.frank_wolfe import FwMerging
 from adamerge.rules.iso import IsoC, IsoCts
 from adamerge.rules.knots import Drm, KnOts
 from adamerge.rules.linear import Expo, LearnedCoefficients, Linear, Mean, MetaGpt, TaskArithmetic
@@ -58,6 +59,7 @@ __all__ = [
     "Expo",
     "Fisher",
     "Fold",
+    "FwMerging",
     "IsoC",
     "IsoCts",
     "Karcher",

@@ -16,8 +16,9 @@ from adamerge.fingerprint import update
 from adamerge.merge import Step
 from adamerge.observing import Measure
 from adamerge.relay import collect_through
-from adamerge.rules import Merged, RegMeanPlusPlus
+from adamerge.rules import FwMerging, Merged, RegMeanPlusPlus
 from adamerge.rules.random import generator
+from adamerge.selecting import select
 from adamerge.statistics import Informed, Statistics, collect
 from adamerge.suites.base import Split, Suite
 from adamerge.task_vectors import BASE
@@ -99,6 +100,11 @@ def _informed(step: AnyStep, suite: Suite, labels: bool) -> AnyStep:
         batches = {part.task: part.batches for part in _parts(suite)}
         step.statistics = collect_through(suite.backbone(), suite.task_vectors(), batches, step)
         return step
+    if isinstance(step, FwMerging):
+        tasks = [_Part(suite, task, labels=True) for task in suite.tasks]
+        batches, logits = {part.task: part.batches for part in tasks}, {part.task: part.head.logits for part in tasks}
+        step.statistics = select(suite.backbone(), suite.task_vectors(), batches, step, logits)
+        return step
     measures = [measure for measure in step.measures if measure != "agreement"]
     step.statistics = collect_suite(suite, measures, "labels" if step.labelled else "sampled", step.of_base)
     if "agreement" in step.measures:
@@ -119,7 +125,15 @@ def _parts(
 class _Part:
     """Some images of one task, the same for the same arguments."""
 
-    def __init__(self, suite: Suite, task: str, split: Split, examples: int, seed: int, labels: bool) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        task: str,
+        split: Split = "train",
+        examples: int = EXAMPLES,
+        seed: int = 0,
+        labels: bool = False,
+    ) -> None:
         self.task, self.head, self.labels, self.images = task, suite.head(task), labels, suite.dataset(task, split)
         order = torch.randperm(len(self.images), generator=generator(seed, task, "statistics"))  # type: ignore[arg-type]
         self.indices = order[:examples]

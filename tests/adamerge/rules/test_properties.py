@@ -39,6 +39,7 @@ from adamerge.rules import (
     Expo,
     Fisher,
     Fold,
+    FwMerging,
     IsoC,
     IsoCts,
     Karcher,
@@ -158,6 +159,8 @@ def measured(tasks: Sequence[str]) -> dict[str, Any]:
         for name, shape in SHAPES.items():
             tensors[f"sensitivity/{name}"] = torch.rand((), generator=rng, dtype=torch.float64)
             tensors[f"fisher/{name}"] = torch.randn(shape, generator=rng, dtype=torch.float64).square()
+            weights = {other: 1.0 + (*TASKS, "base").index(other) for other in tasks}
+            tensors[f"share/{name}"] = torch.tensor(weights[task] / sum(weights.values()), dtype=torch.float64)
         tensors["fisher/vector"] = torch.zeros(7, dtype=torch.float64)
         tensors |= {f"agreement/{other}": torch.tensor((len(task) - len(other)) / 10) for other in tasks}
         found[task] = Observation(tensors)
@@ -187,6 +190,7 @@ CASES = [
     Case(Fisher, lambda tasks: {**measured(tasks), "normalize": False}, bound=1.0),
     # A merge of one expert and one more; statistics too.
     Case(Fold, {"rule": Mean(), "count": 1}, experts=2),
+    Case(FwMerging, measured, bound=1.0),
     Case(IsoC, alone=False, identical="other"),  # flattens the spectrum
     Case(IsoCts, alone=False, identical="other"),  # flattens the spectrum
     Case(Karcher),
@@ -254,6 +258,7 @@ CASES = [
     Case(Trim, {"keep": 0.3, "scope": "tensor"}, alone=False, identical="other"),  # drops entries
     Case(TruncatedSVD, {"rank": 0.5}, alone=False, identical="other"),  # drops directions
     Case(TsvM, identical="other"),  # keeps r/K directions of each
+    Case(TsvM, {"outliers": 2.0}, identical="other"),
     Case(TsvM, {"matrices": Matrices(average="embed", convolutions=True)}, identical="other"),
     Case(Widen, identical="other"),  # adds up what is important
     Case(Wudi, {"steps": 20}, identical="other"),  # from the sum

@@ -67,6 +67,30 @@ def test_experts_that_all_but_coincide_are_no_directions_of_their_own():
     assert_close(merged, same, rtol=0, atol=1e-4)
 
 
+def test_experts_with_heavier_tails_weigh_more():
+    """Weights by hand: means of |Δ| and their spread by loops over entries."""
+    torch.manual_seed(0)
+    deltas = torch.randn(3, 12, 20, dtype=torch.float64)
+    deltas[1, 2, 3], deltas[2, 4, 5], deltas[2, 6, 7] = 9.0, -12.0, 14.0
+    sums = []
+    for delta in deltas:
+        sizes = [abs(x) for row in delta.tolist() for x in row]
+        mean = sum(sizes) / len(sizes)
+        spread = (sum((size - mean) ** 2 for size in sizes) / len(sizes)) ** 0.5
+        sums.append(sum(size for size in sizes if size > mean + 4 * spread))
+    assert sums == pytest.approx([0, 9, 26])
+    weighted = merge(vectors(deltas), [TsvM(outliers=4.0)])["w"]
+    kept = [3 * w / 35 * torch.linalg.svdvals(d)[:4].sum() for w, d in zip(sums, deltas, strict=True)]
+    assert_close(torch.linalg.svdvals(weighted).sum(), sum(kept))
+    # With the same tails, and with none at all, nothing changes.
+    same = torch.stack([deltas[2], deltas[2].flip(0), deltas[2].flip(1)])
+    for experts, threshold in ((same, 4.0), (deltas, 50.0)):
+        plain, other = (merge(vectors(experts), [TsvM(outliers=given)])["w"] for given in (None, threshold))
+        assert_close(other, plain, rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match="outliers > 0"):
+        TsvM(outliers=0.0)
+
+
 def test_what_is_no_matrix_is_averaged():
     conv = torch.randn(3, 6, 2, 3, dtype=torch.float64)
     for name, deltas, matrices in (

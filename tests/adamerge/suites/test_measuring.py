@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adamerge import InputError, TaskVectors, merge
 from adamerge.data import ArrayImages, Preprocess
-from adamerge.rules import Fisher, Mean, Merged, RegMean
+from adamerge.rules import Fisher, FwMerging, Mean, Merged, RegMean
 from adamerge.suites import HeadWeights, Suite
 from adamerge.suites.measuring import collect_suite, informed
 
@@ -99,3 +99,13 @@ def test_rules_without_statistics_get_those_of_the_suite():
 def test_experts_without_images_are_named():
     with pytest.raises(InputError, match="suite two has no images for its expert 'three'"):
         collect_suite(Two(more=("three",)))
+
+
+def test_selection_asks_for_labels_and_takes_those_of_the_tasks():
+    suite = Two(more=("three",))
+    with pytest.raises(InputError, match="FwMerging needs labels"):
+        informed([FwMerging()], suite)
+    (rule,) = informed([FwMerging(steps=2)], suite, labels=True)
+    shares = [float(rule.statistics.find("share", task, "fc.weight")) for task in suite.experts]
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) > 0.6
