@@ -1,24 +1,62 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adamerge.errors import InputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the final name when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside `path` to write to; it takes the final name when the block ends without an error.
+
+    Raises:
+        InputError: when the disk is full; what was there under the final name before is there still.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with room_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Within the block, a disk or quota that is full is an InputError, which says for what there was no room."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise InputError(
+            f"no space left for {path} ({_free(path)}): make room, and the same command goes on"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: torch raises another one over it, safetensors has it in words."""
+    if error is None or isinstance(error, InputError):
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(said[1])
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _is_full(error.__context__)
+
+
+def _free(path: Path) -> str:
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """Write a merge that is never in memory as a whole: sharded safetensors, row by row, resumed where a run was killed."""
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +9,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
-from adamerge.files import write_text
+from adamerge.files import room_for, write_text
 from adamerge.fused import Joined
 from adamerge.rules.combining import MergedState
 from adamerge.tensor_files import header
@@ -52,19 +50,16 @@ def write_weights(
     todo = {file: _unfinished(folder / file, tensors, advance) for file, tensors in files.items()}
     parts = ((name, rows) for names in todo.values() for name in names for rows in state.pieces(name))
     workers = WORKERS if state.elementwise else 1
-    try:
-        done = in_order(lambda part: state.part(*part).cpu(), parts, workers)
-        for file, names in todo.items():
-            with (folder / file).open("ab") as out:
-                for name in names:
-                    _write(out, done, files[file][name].nbytes, advance)
-        if len(files) > 1:
-            total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-            where = {name: file for file, tensors in files.items() for name in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
-    except OSError as error:
-        raise _explained(error, folder) from error
+    done = in_order(lambda part: state.part(*part).cpu(), parts, workers)
+    for file, names in todo.items():
+        with room_for(folder / file), (folder / file).open("ab") as out:
+            for name in names:
+                _write(out, done, files[file][name].nbytes, advance)
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        where = {name: file for file, tensors in files.items() for name in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _unfinished(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], object]) -> list[str]:
@@ -92,9 +87,3 @@ def _write(out: BinaryIO, parts: Iterator[Tensor], size: int, advance: Callable[
         out.write(part.view(-1).view(torch.uint8).numpy().data)
         size -= part.nbytes
         advance(part.nbytes)
-
-
-def _explained(error: OSError, folder: Path) -> Exception:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return InputError(f"no space left in {folder}: make room, and the same command goes on from what is there")

@@ -21,9 +21,10 @@ from modules import Coefficients, Correction, Elements, Entropy, Head, MergedMod
 from trainers.checkpoints import ENTRY, check_entry, entry
 from trainers.checks import check, useless
 from trainers.finetune import fine_tune
+from trainers.finite import Finite, check_finite
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
-from trainers.programs import Losses, Program
+from trainers.programs import Losses, Program, average
 from trainers.seeding import drawing
 from trainers.settings import describe
 from trainers.streams import Batch
@@ -60,6 +61,8 @@ class Adaptation(LearningModule):
         task_id: `given`: every image is scored by the head of its task; `inferred`: by that of the task which the
             router finds, and a wrong task counts as a wrong answer.
         allow_labels: let objectives see labels.
+        skip_steps: how many steps in a row may be skipped, and counted, since their gradient is not finite, before the
+            run stops with what it had learned until then; 0 stops at the first.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Adaptation(LearningModule):
         allow_labels: bool = False,
         elements: Elements | None = None,
         program: Program | None = None,
+        skip_steps: int = 10,
     ) -> None:
         super().__init__(optimizer, learning_rates or {})
         self.suite, self.micro_batches, self.task_id, self.allow_labels = suite, micro_batches, task_id, allow_labels
@@ -88,28 +92,39 @@ class Adaptation(LearningModule):
         self.phases = phases or [Phase(objective or Entropy(), learn, program=program)]
         self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
         self.model: MergedModel | None = None
-        self.known = Known()
+        self.known, self.finite = Known(), Finite(skip_steps)
         self._phase: int | None = None
         self._ends: list[int] | None = None
+        self._odd: str | None = None
         if phases and (objective or learn or program):
             raise InputError("give objective, learn and program, or phases, not both")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        check(self)
-        self.suite.prepare(fine_tune)
+        self._odd = None
+        try:
+            check(self)
+            self.suite.prepare(fine_tune)
+        except InputError as error:
+            if self._trainer is None or self.trainer.world_size == 1:
+                raise
+            self._odd = str(error)  # only the first process prepares: `setup` tells the others
 
     def setup(self, stage: str) -> None:
+        if (odd := self.trainer.strategy.broadcast(self._odd)) is not None:
+            raise InputError(odd)
         if stage == "fit":  # of an earlier run nothing is left; a checkpoint that is resumed comes after this
             self._phase, self._ends, self.known = None, None, Known()
+            self.finite.reset()
             for phase in self.phases:
                 phase.stepper.reset()
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self.prepare_data()
+        check(self)
+        self.suite.prepare(fine_tune)
         self.suite.check()
         heads = {task: Head(self.suite.head(task)) for task in self.suite.tasks}
         features = next(iter(heads.values())).weight.shape[1]
@@ -198,13 +213,16 @@ class Adaptation(LearningModule):
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
             losses, logits = self.phase.stepper.losses(self, batch)
         loss = torch.stack(list(losses.values())).sum()
-        values = {task: value.detach() for task, value in losses.items()}
-        self.log("loss", loss.detach(), prog_bar=True)
+        entropies = [entropy(value).mean() for value in logits.values()]
+        seen = average(self, torch.stack([value.detach().to(loss) for value in (loss, *losses.values(), *entropies)]))
+        shown, by_task, by_entropy = seen.split([1, len(losses), len(logits)])
+        values = dict(zip(losses, by_task, strict=True))
+        self.log("loss", shown[0], prog_bar=True)
         self.log_dict({f"loss/{task}": value for task, value in values.items()})
-        self.log_dict({f"entropy/{task}": entropy(value).mean() for task, value in logits.items()})
-        absent = torch.full_like(loss.detach(), torch.nan)
-        by_task = torch.stack([values.get(task, absent) for task in self.suite.tasks])
-        return {"loss": loss, "losses": by_task, "logits": logits}
+        self.log_dict({f"entropy/{task}": value for task, value in zip(logits, by_entropy, strict=True)})
+        absent = torch.full_like(shown[0], torch.nan)
+        every = torch.stack([values.get(task, absent) for task in self.suite.tasks])
+        return {"loss": loss, "losses": every, "logits": logits}
 
     def losses(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Losses:
         """Each task's mean loss, weighted if asked for, and its logits if the objective has seen them.
@@ -250,7 +268,11 @@ class Adaptation(LearningModule):
             if parameters[0].requires_grad and all(p.grad is None for p in parameters):
                 raise useless(part, self.phase, self.learning(self.phase))
         norms = [torch.linalg.vector_norm(p.grad.detach()) for _, p in self.learned() if p.grad is not None]
-        self.log("gradient_norm", torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())])))
+        norm = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
+        self.log("gradient_norm", norm)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips steps by itself
+        if not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient is not moved
         values = self.coefficients().detach()
         if values.numel():
             stats = {"mean": values.mean(), "min": values.min(), "max": values.max()}
@@ -282,12 +304,15 @@ class Adaptation(LearningModule):
     # -- checkpoints and export --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_finite(self.learned(), self.trainer.global_step)
         programs = [phase.stepper.state_dict() for phase in self.phases]
-        checkpoint[ENTRY] = {**entry(self), "phase_ends": self.ends(), "programs": programs}
+        more = {"phase_ends": self.ends(), "programs": programs, "finite": self.finite.state_dict()}
+        checkpoint[ENTRY] = {**entry(self), **more}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         check_entry(checkpoint.get(ENTRY), self)
         self._ends = checkpoint[ENTRY].get("phase_ends")
+        self.finite.load_state_dict(checkpoint[ENTRY].get("finite", {}))
         for phase, state in zip(self.phases, checkpoint[ENTRY].get("programs", []), strict=False):
             phase.stepper.load_state_dict(state)
 

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -22,11 +19,12 @@ from rich.table import Table
 
 from adamerge import InputError
 from adamerge.checkpoints import load_torch
-from adamerge.files import replacing, write_text
+from adamerge.files import write_text
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.progress import Progress
 from trainers.report import Report
+from trainers.saving import Checkpoint, WholeFiles, requeued
 
 #: The main job; every `--config` is an overlay on it.
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
@@ -54,32 +52,6 @@ class Trainer(L.Trainer):
         path = model.restore(ckpt_path).export(output)
         Console().print(f"Wrote {path}", soft_wrap=True)
         return path
-
-
-class Checkpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, and makes sure that it is the end of a run that ended."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A checkpoint after the validation of its step, so that a resumed run need not repeat it."""
-        super().on_validation_end(trainer, pl_module)
-        if self.save_last and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self.save_last:  # even of a step that is saved already: a guard may have gone back
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are whole or not there, even where the temporary folder is on another file system."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with replacing(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
 
 
 class KeepConfig(SaveConfigCallback):
@@ -155,7 +127,10 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at what was given before any work starts."""
-        where = self.config_init[self.subcommand].get("ckpt_path")
+        config = self.config_init[self.subcommand]
+        if self.subcommand == "fit" and config.ckpt_path is None and requeued():
+            config.ckpt_path = "last"
+        where = config.get("ckpt_path")
         if where and where not in ("last", "best", "hpc", "registry"):
             if not Path(where).is_file():
                 raise InputError(f"no such checkpoint: {where}")
@@ -209,7 +184,8 @@ def main(args: list[str] | None = None) -> None:
         ours = not isinstance(error, ValueError) or isinstance(error, InputError) or "Does not validate" in str(error)
         if not ours or os.environ.get("ADAMERGE_DEBUG"):
             raise
-        sys.stderr.write(f"error: {sentence(error)}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process says it for all
+            sys.stderr.write(f"error: {sentence(error)}\n")
         raise SystemExit(2) from None
 
 
@@ -248,5 +224,6 @@ _NOT_FOR_USERS = (
     r"Checkpoint directory .* exists and is not empty",  # a resumed run, as it should be
     r"The dirpath has changed from",  # `test` of another run's checkpoint
     r"Be aware that when using `ckpt_path`, callbacks",  # a resumed run that saves more often
+    r".*there is no last checkpoint available",  # it was stopped before its first step: begun anew, as it should be
     r"The number of training batches .* is smaller than the logging interval",
 )

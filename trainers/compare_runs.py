@@ -4,6 +4,7 @@ Beside what `fit` leaves there, a run's folder holds `log.txt`, the output of th
 tells a run that is done from one to go on with and from one that was asked for something else.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from trainers.cli import BASE
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 STOPPED = "stopped before it ended"
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _GRACE = 20.0  # seconds that a child has to end by itself when the comparison is stopped
 
 
@@ -120,8 +123,9 @@ def wait(command: list[str], log: Path) -> tuple[int, float]:
     with log.open("wb") as output:
         # In a group of its own: workers of the child are stopped with it, and Ctrl-C reaches it once, from here.
         process = subprocess.Popen(
-            command, 0, None, subprocess.DEVNULL, output, subprocess.STDOUT, env=environment, process_group=0
-        )
+            command, 0, None, subprocess.DEVNULL, output, subprocess.STDOUT, partial(die_with, os.getpid()),
+            env=environment, process_group=0,
+        )  # fmt: skip
     try:
         # A child's peak is at least its parent's size, which here is that of the imports that every child makes too.
         _, status, usage = os.wait4(process.pid, 0)
@@ -130,6 +134,14 @@ def wait(command: list[str], log: Path) -> tuple[int, float]:
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def die_with(parent: int) -> None:
+    """In a child: be killed when the parent is, lest its successor find somebody else at work in a run's folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # which died before the system was told
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -90,7 +90,7 @@ class BiLevel(Program):
         step = self._gradient(run, inner)
         with torch.no_grad():
             raw.copy_(start - self.lr * start.abs().max() * step / (step.abs() + 1e-8))
-            self._last = raw.detach().clone() if self.stale else None
+            self._last = raw.detach().clone() if self.stale and bool(raw.isfinite().all()) else None
         try:
             return run.losses(outer)
         finally:

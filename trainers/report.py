@@ -149,6 +149,7 @@ class Report(L.Callback):
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
+            "skipped_steps": module.finite.skipped,
             "learned_parameters": sum(p.numel() for _, p in module.learned()) if _learns(module) else 0,
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),

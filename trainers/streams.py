@@ -6,11 +6,12 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from adamerge import InputError
-from adamerge.data import fetch, labels_of, split_held_out
+from adamerge.data import Substituted, fetch, labels_of, split_held_out
 from adamerge.suites import Split, Suite
+from trainers.loading import load
 from trainers.seeding import generator
 
 #: Images and their positions in the data set, by task.
@@ -38,7 +39,9 @@ class Stream(L.LightningDataModule):
         held_out: fraction of that split that is scored and never adapted on; 0 scores all of it.
         seed: of the order of images.
         eval_batch_size: images per forward pass in evaluation.
-        num_workers: worker processes that load images.
+        num_workers: worker processes that load images; where one dies, another goes on with what it owed.
+        on_bad_image: "stop" raises InputError for an image that can no longer be read, "skip" lets another one of the
+            same batch take its place, in adaptation and in scoring, and counts.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Stream(L.LightningDataModule):
         tasks_per_step: int | None = None,
         per_task: int | None = None,
         half: Literal[0, 1] | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -72,7 +76,8 @@ class Stream(L.LightningDataModule):
         self.train_split, self.tasks_per_step = train_split or split, tasks_per_step
         self.per_task, self.half = per_task, half
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
-        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.eval_batch_size, self.num_workers, self.on_bad_image = eval_batch_size, num_workers, on_bad_image
+        self._substituted: dict[tuple[str, Split], Substituted] = {}
 
     @property
     def suite(self) -> Suite:
@@ -114,8 +119,8 @@ class Stream(L.LightningDataModule):
         """What to adapt on and what to score, by task."""
         parts: dict[str, tuple[Dataset[Any], Dataset[Any]]] = {}
         for task in self.suite.tasks:
-            dataset = self.suite.dataset(task, self.split)
-            adapted = dataset if self.train_split == self.split else self.suite.dataset(task, self.train_split)
+            dataset = self._images(task, self.split)
+            adapted = dataset if self.train_split == self.split else self._images(task, self.train_split)
             for split, images in ((self.split, dataset), (self.train_split, adapted)):
                 if not len(images):  # type: ignore[arg-type]
                     raise InputError(f"task {task!r} has no image in its {split} split")
@@ -128,6 +133,14 @@ class Stream(L.LightningDataModule):
                 adapted = Part(adapted, half)
             parts[task] = (self._few(task, adapted), scored)
         return parts
+
+    def _images(self, task: str, split: Split) -> Dataset[Any]:
+        """A split of a task's images, as robust as was asked for."""
+        if self.on_bad_image == "stop":
+            return self.suite.dataset(task, split)
+        if (task, split) not in self._substituted:  # once, so that no image is counted twice
+            self._substituted[task, split] = Substituted(self.suite.dataset(task, split))
+        return self._substituted[task, split]
 
     def _few(self, task: str, dataset: Dataset[Any]) -> Dataset[Any]:
         """`per_task` images of a data set."""
@@ -186,12 +199,13 @@ class StreamSteps(Dataset[Batch]):
         for task, turn in self.turns(step).items():
             dataset, index = self.datasets[task], self.indices(task, turn)
             batch[task] = {"index": index}
-            if self.labels:
-                batch[task]["labels"] = labels_of(dataset)[index]
             if any(step in steps for steps in self.known):
-                batch[task]["images"] = torch.empty(len(index), 0)
+                images, labels = torch.empty(len(index), 0), labels_of(dataset)[index] if self.labels else index
             else:
-                batch[task]["images"] = fetch(dataset, index)[0]
+                images, labels = fetch(dataset, index)
+            batch[task]["images"] = images
+            if self.labels:
+                batch[task]["labels"] = labels
         return batch
 
     def turns(self, step: int) -> dict[str, int]:
@@ -261,8 +275,7 @@ class StepLoader:
         self.items, self.count, self.num_workers, self.first = items, count, num_workers, first
 
     def __iter__(self) -> Iterator[Any]:
-        left: Any = range(self.first(), self.count)
-        return iter(DataLoader(self.items, batch_size=None, sampler=left, num_workers=self.num_workers))
+        return load(self.items, range(self.first(), self.count), self.num_workers)
 
     def __len__(self) -> int:
         return self.count

@@ -5,6 +5,7 @@ from adamerge.data.base import DataSource, Images, Split, check_data, fetch, lab
 from adamerge.data.folders import ImageFolders
 from adamerge.data.hub import HubData
 from adamerge.data.preprocess import Preprocess
+from adamerge.data.substituted import Substituted
 from adamerge.data.torch_data import TorchData
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Images",
     "Npz",
     "Preprocess",
+    "Substituted",
     "Split",
     "TorchData",
     "check_data",

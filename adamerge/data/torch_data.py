@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge.data.base import SPLITS, DataSource, Images, Split, class_difference
+from adamerge.data.decoding import reason
 from adamerge.data.preprocess import Preprocess
 from adamerge.errors import InputError
 
@@ -28,7 +29,10 @@ class TorchImages(Images):
         self.data, self.name = data, name
 
     def image(self, index: int) -> Any:
-        return self.data[index][0]
+        try:
+            return self.data[index][0]
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+            raise InputError(f"{self.where(index)} cannot be decoded: {reason(error)}") from error
 
     def where(self, index: int) -> str:
         return f"{self.name}, image {index}"

@@ -189,7 +189,7 @@ def test_an_unfinished_merge_of_something_else_is_begun_again(models, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(writing, "_write", full)
-        with pytest.raises(InputError, match=r"no space left in .* the same command goes on"):
+        with pytest.raises(InputError, match=r"no space left for .* the same command goes on"):
             run(recipe(copy), tmp_path / "out", quiet())
     assert (tmp_path / ".out.partial").is_dir()
     if change == "files":

@@ -91,7 +91,9 @@ def test_two_processes_learn_what_one_learns(tmp_path, method, data, strategy):
 )
 def test_a_strategy_that_waits_for_every_part_is_refused(kwargs, turns):
     module = Adaptation(TinySuite(), **kwargs)
-    trainer = SimpleNamespace(strategy=DDPStrategy(), precision="32-true", datamodule=Stream(tasks_per_step=turns))
+    trainer = SimpleNamespace(
+        strategy=DDPStrategy(), precision="32-true", world_size=1, datamodule=Stream(tasks_per_step=turns)
+    )
     module.trainer = trainer
     with pytest.raises(InputError, match=f"not every step moves every part: set trainer.strategy to {UNUSED}"):
         module.prepare_data()
@@ -101,6 +103,8 @@ def test_a_strategy_that_waits_for_every_part_is_refused(kwargs, turns):
 
 def test_parts_that_every_step_moves_need_no_other_strategy():
     module = Adaptation(TinySuite(), router=BlockRouter(scope="linear"))
-    trainer = SimpleNamespace(strategy=DDPStrategy(), precision="32-true", datamodule=Stream(tasks_per_step=1))
+    trainer = SimpleNamespace(
+        strategy=DDPStrategy(), precision="32-true", world_size=1, datamodule=Stream(tasks_per_step=1)
+    )
     module.trainer = trainer
     module.prepare_data()
