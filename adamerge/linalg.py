@@ -27,8 +27,9 @@ def leading(matrix: Tensor, rank: int, name: str, least: Tensor | float = 0.0) -
     if matrix.shape[-2] < matrix.shape[-1]:
         right, values, left = leading(matrix.mT, rank, name, least)
         return left.mT, values, right.mT
-    vectors = right_vectors(matrix.double(), name)[..., :rank]
-    left, values = _left_vectors(matrix.double(), vectors, least)
+    matrix = matrix.double()
+    vectors = right_vectors(matrix, name)[..., :rank]
+    left, values = _left_vectors(matrix, vectors, least)
     return left, values, torch.where(values.unsqueeze(-1) > 0, vectors.mT, 0)
 
 
@@ -40,15 +41,16 @@ def polar(matrix: Tensor, name: str, least: Tensor | float = 0.0) -> tuple[Tenso
     if matrix.shape[-2] < matrix.shape[-1]:
         factor, values = polar(matrix.mT, name, least)
         return factor.mT, values
-    vectors = right_vectors(matrix.double(), name)
-    left, values = _left_vectors(matrix.double(), vectors, least)
+    matrix = matrix.double()
+    vectors = right_vectors(matrix, name)
+    left, values = _left_vectors(matrix, vectors, least)
     # U is orthonormal up to the Gram matrix's rounding, UᵀU = I + E. To first order in E, the polar factor of
     # U Σ Vᵀ is U (I − E ∘ C) Vᵀ with Cᵢⱼ = σᵢ / (σᵢ + σⱼ), which leaves the square of that rounding.
     sums = values.unsqueeze(-1) + values.unsqueeze(-2)
     share = values.unsqueeze(-1) / torch.where(sums > 0, sums, 1)
     overlap = left.mT @ left
     overlap.diagonal(dim1=-2, dim2=-1).zero_()
-    return (left - left @ (overlap * share)) @ vectors.mT, values
+    return left @ (vectors.mT - (overlap * share) @ vectors.mT), values
 
 
 def right_vectors(matrix: Tensor, name: str) -> Tensor:

@@ -24,18 +24,17 @@ class IsoC(MatrixRule):
     """
 
     def matrix(self, stack: Stack) -> Tensor:
-        return isotropic(stack.deltas.double().sum(0), stack.name, rounding(stack))
+        return isotropic(stack.deltas.sum(0, dtype=torch.float64), stack.name, rounding(stack))
 
 
 def iso_cts(deltas: Tensor, common: float, name: str, least: float = 0.0) -> Tensor:
     """Of [K, m, n], the common directions of the sum and each expert's own, all equally strong: see `IsoCts`."""
     rank = min(deltas.shape[1:])
     own = round((rank - int(common * rank)) / len(deltas))
-    shared = leading(deltas.double().sum(0), rank - own * len(deltas), name, least)
+    shared = leading(deltas.sum(0, dtype=torch.float64), rank - own * len(deltas), name, least)
     basis = shared[0]
-    found = [
-        leading(delta.double() - basis @ (basis.mT @ delta.double()), own, name, least) for delta in batches(deltas)
-    ]
+    exact = (delta.double() for delta in batches(deltas))
+    found = [leading(delta - basis @ (basis.mT @ delta), own, name, least) for delta in exact]
     left, values, right = (torch.cat(parts) for parts in zip(*found, strict=True))
     lefts, _ = polar(torch.cat([side_by_side(left), basis], 1), name, COINCIDE)
     rights, _ = polar(torch.cat([right.flatten(0, 1), shared[2]]), name, COINCIDE)

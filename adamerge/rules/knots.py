@@ -15,11 +15,16 @@ from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule, rounding, si
 from adamerge.task_vectors import TaskVectors
 
 
-def shared_basis(deltas: Tensor, name: str, least: float = 0.0) -> Tensor:
-    """U [m, r] of [Δ₁ … Δ_K] = U S [V₁ … V_K]ᵀ over the singular values above `least`, for deltas [K, m, n]."""
+def shared_basis(deltas: Tensor, name: str, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """U [m, r] of [Δ₁ … Δ_K] = U S [V₁ … V_K]ᵀ, and the coordinates S Vₖᵀ [K, r, n], for deltas [K, m, n].
+
+    Over the singular values above `least`, the largest first.
+    """
     fat = side_by_side(deltas.double())
-    basis, values, _ = leading(fat, min(fat.shape), name, least)
-    return basis[:, values > max(least, 0)]
+    basis, values, right = leading(fat, min(fat.shape), name, least)
+    kept = values > max(least, 0)
+    coordinates = values[kept].unsqueeze(1) * right[kept]
+    return basis[:, kept], coordinates.unflatten(1, (len(deltas), -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,12 @@ class KnOts(Rule[Coordinates]):
             if self.matrices.match(name, base.shape) and bool(deltas.any()):
                 stack = Stack(name, base.to(deltas.dtype), deltas, task_vectors.tasks)
                 matrices = self._turned(deltas.flatten(2))
-                bases[name] = shared_basis(matrices, name, rounding(stack)).to(deltas.dtype)
-                deltas = bases[name].mT @ matrices
+                basis, aligned = shared_basis(matrices, name, rounding(stack))
+                bases[name], deltas = basis.to(deltas.dtype), aligned.to(deltas.dtype)
             coordinates[name], origin[name] = deltas, deltas.new_zeros(()).expand(deltas.shape[1:])
         # Coordinates are no experts, and have no fingerprints.
-        aligned = transform(TaskVectors(origin, coordinates, task_vectors.tasks, fingerprints={}), self._transforms)
-        return Coordinates(MergedState(aligned, aligned, self._rule), bases)
+        shared = transform(TaskVectors(origin, coordinates, task_vectors.tasks, fingerprints={}), self._transforms)
+        return Coordinates(MergedState(shared, shared, self._rule), bases)
 
     def combine(self, stack: Stack, statistics: Coordinates) -> Tensor:
         change = statistics.state.change(stack.name)
@@ -93,8 +98,7 @@ class KnOts(Rule[Coordinates]):
 
 def drm(deltas: Tensor, keep: float, name: str, least: float = 0.0) -> Tensor:
     """Decomposed, renormalised, trimmed and elected: see `Drm`; [K, m, n] -> [m, n]."""
-    basis = shared_basis(deltas, name, least)
-    coordinates = basis.mT @ deltas.double()
+    basis, coordinates = (part.to(deltas.dtype) for part in shared_basis(deltas, name, least))
     strength = coordinates.square().sum((0, 2)).sqrt()
     coordinates = torch.where((strength > 1e-2 * strength.max()).view(-1, 1), coordinates, 0)
     norms = torch.linalg.vector_norm(coordinates, dim=2, keepdim=True)

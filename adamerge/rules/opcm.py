@@ -21,8 +21,9 @@ def cleaned(delta: Tensor, change: Tensor, alpha: float, name: str) -> Tensor:
     shares = values.cumsum(0) / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
     leads = shares <= alpha
     taken = torch.where(leads & leads.unsqueeze(1), 1.0, torch.eye(len(leads), device=leads.device))
-    own = left.T @ delta.double() @ right.T
-    return (delta - left @ (taken * own) @ right).to(delta.dtype)
+    left, right = left.to(delta.dtype), right.to(delta.dtype)
+    own = left.T @ delta @ right.T
+    return delta - left @ (taken.to(delta.dtype) * own) @ right
 
 
 @dataclass(frozen=True)

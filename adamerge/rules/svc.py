@@ -11,19 +11,19 @@ from adamerge.rules.matrices import TWO_AXES, Matrices, rounding
 
 def calibrated(deltas: Tensor, change: Tensor, floor: float, name: str, least: float = 0.0) -> Tensor:
     """U γΣ Vᵀ of a merge U Σ Vᵀ [m, n] of experts [K, m, n]: see `Svc`. Rows of experts up to `least` are rounding."""
-    exact = change.double()
-    left, _, _ = leading(exact, min(change.shape), name)
-    merged = left.mT @ exact
-    total, count = torch.zeros_like(merged[:, 0]), torch.zeros_like(merged[:, 0])
+    left, values, right = leading(change, min(change.shape), name)
+    merged = values.unsqueeze(1) * right
+    total, count = torch.zeros_like(values), torch.zeros_like(values)
+    basis = left.to(deltas.dtype)
     for delta in deltas:
-        own = left.mT @ delta.double()
+        own = (basis.mT @ delta).double()
         squares = own.square().sum(1)
         there = squares.sqrt() > max(least, RESOLUTION * float(squares.sum().sqrt()))
         ratio = (merged * own).sum(1) / torch.where(there, squares, 1)
         total += torch.where(there, ratio.clamp(min=floor), 0)
         count += there
     factor = torch.where(count > 0, count / torch.where(count > 0, total, 1), 1)
-    return exact + left @ ((factor - 1).unsqueeze(1) * merged)
+    return change.double() + left @ ((factor - 1).unsqueeze(1) * merged)
 
 
 class Svc(Correction[None]):

@@ -11,10 +11,16 @@ from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule
 
 def proxies(deltas: Tensor) -> tuple[Tensor, Tensor]:
     """A = Σₖ Gₖ [n, n] and B = Σₖ Δₖ Gₖ [m, n], Gₖ = ΔₖᵀΔₖ / |Δₖ|², of [K, m, n]; experts that are zero have no G."""
-    units = [delta / norm for delta in deltas if (norm := torch.linalg.vector_norm(delta)) > 0]
-    grams = [unit.T @ unit for unit in units]
-    moved = [delta for delta in deltas if bool(delta.any())]
-    return torch.stack(grams).sum(0), torch.stack([d @ g for d, g in zip(moved, grams, strict=True)]).sum(0)
+    rows, columns = deltas.shape[1:]
+    left, right = deltas.new_zeros(columns, columns), torch.zeros_like(deltas[0])
+    for delta in deltas:
+        norm = torch.linalg.vector_norm(delta)
+        if norm > 0:
+            unit = delta / norm
+            left.addmm_(unit.T, unit)
+            # Δ (ΔᵀΔ) by the product of the smaller side.
+            right.add_(delta @ (unit.T @ unit) if columns <= rows else (delta @ unit.T) @ unit)
+    return left, right
 
 
 def descend(start: Tensor, left: Tensor, right: Tensor, steps: int, lr: float) -> Tensor:
@@ -25,7 +31,7 @@ def descend(start: Tensor, left: Tensor, right: Tensor, steps: int, lr: float) -
 def ridged(start: Tensor, left: Tensor, right: Tensor, ridge: float) -> Tensor:
     """The minimiser of the same plus ρ |X − start|², ρ = ridge · tr(A)/n: start + (B − start A)(A + ρ)⁻¹."""
     regular = left + ridge * left.trace() / len(left) * torch.eye(len(left)).to(left)
-    return start + torch.linalg.solve(regular, right - start @ left, left=False)
+    return start + torch.cholesky_solve((right - start @ left).T, torch.linalg.cholesky(regular)).T
 
 
 class Wudi(MatrixRule):
