@@ -17,12 +17,13 @@ from adamerge.deltas import AnyDeltas, Deltas, LowRank, Sparse
 from adamerge.errors import InputError
 from adamerge.files import replacing
 from adamerge.packed import Packed
+from adamerge.stored import Stored
 from adamerge.task_vectors import State, TaskVectors
 from adamerge.tensor_files import SafetensorsState
 
 #: The entry of a file's metadata that says what its tensors are.
 ENTRY = "adamerge.compressed"
-_FORMS: dict[str, Callable[..., Deltas]] = {form.__name__: form for form in (LowRank, Packed, Sparse)}
+_FORMS: dict[str, Callable[..., Deltas]] = {form.__name__: form for form in (LowRank, Packed, Sparse, Stored)}
 
 
 @torch.no_grad()

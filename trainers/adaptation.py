@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from adamerge import InputError
+from adamerge import InputError, TaskVectors
 from adamerge.export import export
+from adamerge.memory import kept
 from adamerge.objectives import entropy
-from adamerge.rules import Transform, transform
+from adamerge.rules import Store, Transform, transform
 from adamerge.suites import Suite
 from adamerge.suites.measuring import informed
 from modules import Coefficients, Correction, Elements, Entropy, Head, MergedModel, Objective, Pass, Router, View
@@ -57,7 +59,8 @@ class Adaptation(LearningModule):
         optimizer: builds the optimiser from the learned parameters.
         learning_rates: by part, where it is not the optimiser's; those of parts that do not learn are not used.
         micro_batches: one forward and backward pass per task instead of one over all of them: the same gradient, and
-            the activations of one task at a time in memory.
+            the activations of one task at a time in memory. Without, a run on a CPU keeps what it frees for its next
+            step (see `adamerge.memory.kept`).
         task_id: `given`: every image is scored by the head of its task; `inferred`: by that of the task which the
             router finds, and a wrong task counts as a wrong answer.
         allow_labels: let objectives see labels.
@@ -96,6 +99,7 @@ class Adaptation(LearningModule):
         self._phase: int | None = None
         self._ends: list[int] | None = None
         self._odd: str | None = None
+        self._memory = ExitStack()
         if phases and (objective or learn or program):
             raise InputError("give objective, learn and program, or phases, not both")
 
@@ -120,6 +124,13 @@ class Adaptation(LearningModule):
             for phase in self.phases:
                 phase.stepper.reset()
 
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu" and not self.micro_batches:
+            self._memory.enter_context(kept())
+
+    def teardown(self, stage: str) -> None:
+        self._memory.close()
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -128,7 +139,9 @@ class Adaptation(LearningModule):
         self.suite.check()
         heads = {task: Head(self.suite.head(task)) for task in self.suite.tasks}
         features = next(iter(heads.values())).weight.shape[1]
-        vectors = transform(self.suite.task_vectors(), informed(self.transforms, self.suite, self.allow_labels))
+        stored = any(isinstance(step, Store) for step in self.transforms)  # else a tensor would be read for every step
+        vectors = TaskVectors.over(*self.suite.states()) if stored else self.suite.task_vectors()
+        vectors = transform(vectors, informed(self.transforms, self.suite, self.allow_labels))
         self.model = MergedModel(
             self.suite.backbone(), vectors, self.coefficients, self.router, features, self.suite.scale, self.elements
         )

@@ -34,6 +34,7 @@ from adamerge.rules.spectral import TruncatedSVD
 from adamerge.rules.star import Star
 from adamerge.rules.stf import Stf
 from adamerge.rules.stock import ModelStock
+from adamerge.rules.store import Store
 from adamerge.rules.svc import Svc
 from adamerge.rules.swap import LayerSwap, NearSwap
 from adamerge.rules.ties import ElectSign, Trim
@@ -96,6 +97,7 @@ __all__ = [
     "Stack",
     "Star",
     "Stf",
+    "Store",
     "Svc",
     "TallMask",
     "TaskArithmetic",

@@ -7,7 +7,7 @@ from torch import nn
 
 from adamerge import InputError, TaskVectors, merge, open_compressed, save_compressed
 from adamerge.deltas import dense
-from adamerge.rules import ComPeft, Emr, OneBit, Prune, Rebase, TallMask, TruncatedSVD, transform
+from adamerge.rules import ComPeft, Emr, OneBit, Prune, Rebase, Store, TallMask, TruncatedSVD, transform
 
 STEPS = {
     "nothing": [],
@@ -17,6 +17,8 @@ STEPS = {
     "ComPEFT": [ComPeft(0.3)],
     "sparse": [Prune(0.3)],
     "low rank": [TruncatedSVD(1)],
+    "half": [Store()],
+    "bytes": [Store("int8")],
     "another base": [Rebase(), OneBit()],
 }
 every_form = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)

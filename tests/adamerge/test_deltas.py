@@ -12,6 +12,7 @@ from adamerge import InputError
 from adamerge.deltas import Deltas, LowRank, Sparse, dense, mapped
 from adamerge.ops import inner, weighted, weighted_sum
 from adamerge.packed import Packed, pack, unpack
+from adamerge.stored import Stored
 
 MATRICES = [(4, 7), (7, 4), (3, 2, 2, 2), (1, 5)]
 SHAPES = [(), (5,), *MATRICES, (0, 3)]
@@ -50,7 +51,18 @@ def ternary(shape: tuple[int, ...]) -> Packed:
     return Packed(torch.randn(TASKS).double(), torch.Size((TASKS, *shape)), masks=bits(shape), signs=bits(shape))
 
 
-MAKERS = ((low_rank, MATRICES), *((make, SHAPES) for make in (sparse, shared, masked, signs, ternary)))
+def rounded(shape: tuple[int, ...]) -> Stored:
+    return Stored.from_dense(torch.randn(TASKS, *shape).double(), torch.bfloat16)
+
+
+def bytewise(shape: tuple[int, ...]) -> Stored:
+    return Stored.from_dense(torch.randn(TASKS, *shape).double(), torch.int8)
+
+
+MAKERS = (
+    (low_rank, MATRICES),
+    *((make, SHAPES) for make in (sparse, shared, masked, signs, ternary, rounded, bytewise)),
+)
 CASES = [pytest.param(make, shape, id=f"{make.__name__}-{shape}") for make, shapes in MAKERS for shape in shapes]
 FORMS = [pytest.param(make, id=make.__name__) for make, _ in MAKERS]
 

@@ -74,6 +74,7 @@ from adamerge.rules import (
     Slerp,
     Star,
     Stf,
+    Store,
     Svc,
     TallMask,
     TaskArithmetic,
@@ -251,6 +252,9 @@ CASES = [
     Case(Star, alone=False, identical="other"),  # drops directions
     Case(Star, {"keep": 1.0}, identical="sum"),
     Case(Stf, identical="other"),  # keeps r/K directions of each
+    Case(Store, {"dtype": "same", "place": "host"}, identical="sum"),
+    Case(Store, alone=False, identical="other"),  # rounds
+    Case(Store, {"dtype": "int8"}, alone=False, identical="other"),  # rounds
     Case(Svc, identical="other"),  # matrices as the expert, what is none summed
     Case(TallMask, identical="other", bound=0.0),  # each takes the sum; ±τ masks it all
     Case(TaskArithmetic, identical="sum"),

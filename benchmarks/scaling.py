@@ -1,0 +1,227 @@
+"""What merging adds to a step, to memory, to evaluation and to starting up: `python -m benchmarks.scaling`.
+
+Each figure is a ratio to something measured in the same run, in turns. `--only` names the parts to measure:
+
+- step: a layer-wise AdaMerging step, an ordinary training step on the same images, and a straightforward
+  implementation (weights are a sum of products that autograd sees; one forward and one backward pass per task);
+- experts: seconds that one more expert adds to a step, over reading its deltas twice;
+- memory: the peak of a step in micro-batches, over the sum of what it needs;
+- evaluation: images per second of a static merge, over those of the plain model;
+- start: `train.py --help` and the first step of `fit`, beside the import of torch and lightning.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adamerge.memory import kept
+from benchmarks.adaptation_step import ADAPTATION, IN_PARTS, SIZES, TRAINING, Bench, peak_resident, seconds
+
+NAIVE = "straightforward"
+EXPERTS = (2, 4, 8, 16, 32, 64)
+ROOT = Path(__file__).parents[1]
+
+
+def in_turns(steps: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+    """Median seconds of each step, in turns, after a round that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with kept():  # as a run does
+        for repeat in range(repeats + 1):
+            for name, step in steps.items():
+                elapsed = seconds(step, device)  # type: ignore[arg-type]
+                if repeat:
+                    times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def straightforward(bench: Bench, deltas: dict[str, Tensor]) -> Callable[[], None]:
+    """A step as one would write it down: autograd goes through the sum of products, once for every task."""
+    base = {name: value.detach() for name, value in bench.tower.state_dict().items()}
+    coefficients = nn.Parameter(torch.full((len(deltas), len(bench.tasks)), 0.3, device=bench.images.device))
+    optimizer = torch.optim.Adam([coefficients], lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        weights = dict(base)
+        for row, (name, delta) in zip(coefficients, deltas.items(), strict=True):
+            weights[name] = base[name] + sum(value * tau for value, tau in zip(row, delta, strict=True))
+        for images in bench.images:
+            bench.loss(functional_call(bench.tower, weights, (images,))).backward(retain_graph=True)
+        optimizer.step()
+
+    return step
+
+
+def step(args: argparse.Namespace) -> dict[str, float]:
+    """Ratios of the adaptation step to a training step and to a straightforward one."""
+    bench = Bench(args.size, args.experts, args.images, args.device)
+    model = bench.merged()
+    deltas = {name: delta for name in model.coefficients.rows if isinstance(delta := model.delta(name), Tensor)}
+    steps = {
+        TRAINING: bench.training_step(),
+        ADAPTATION: bench.adaptation_step(model, 0),
+        IN_PARTS: bench.adaptation_step(model, args.images),
+        NAIVE: straightforward(bench, deltas),
+    }
+    times = in_turns(dict(steps), args.device, args.repeats)
+    ratios = {f"{name} / {TRAINING}": value / times[TRAINING] for name, value in times.items() if name != TRAINING}
+    return {**times, **ratios, f"{NAIVE} / {ADAPTATION}": times[NAIVE] / times[ADAPTATION]}
+
+
+def experts(args: argparse.Namespace) -> dict[str, float]:
+    """The slope of a step's seconds over K, by least squares, in units of reading one expert's deltas twice."""
+    points, read = [], 0.0
+    for count in EXPERTS:
+        bench = Bench("small", count, 1, args.device)
+        bench.images = bench.images[:1].repeat(2, 1, 1, 1, 1)  # two images, however many experts
+        model = bench.merged()
+        deltas = [delta for name in model.coefficients.rows if isinstance(delta := model.delta(name), Tensor)]
+        steps = {"step": bench.adaptation_step(model, 0), "read": lambda deltas=deltas: [d.sum() for d in deltas]}
+        times = in_turns(steps, args.device, 5 * args.repeats)
+        points.append((count, times["step"]))
+        read = times["read"] / count  # the last is the most exact
+    mean_k, mean_s = (statistics.mean(values) for values in zip(*points, strict=True))
+    slope = sum((k - mean_k) * (s - mean_s) for k, s in points) / sum((k - mean_k) ** 2 for k, _ in points)
+    measured = {f"step, K = {count}": value for count, value in points}
+    return {**measured, "seconds per expert": slope, "reading its deltas once": read, "ratio": slope / (2 * read)}
+
+
+def memory(args: argparse.Namespace) -> dict[str, float]:
+    """The peak of two steps in micro-batches, in a process of its own, over what they need."""
+    context = multiprocessing.get_context("spawn")
+    queue: Queue[dict[str, float]] = context.Queue()
+    worker = context.Process(target=_memory, args=(args.size, args.experts, args.images, args.device, queue))
+    worker.start()
+    found = queue.get()
+    worker.join()
+    needed = sum(value for name, value in found.items() if name != "peak")
+    return {**found, "needed": needed, "ratio": found["peak"] / needed}
+
+
+def _memory(size: str, count: int, images: int, device: str, queue: "Queue[dict[str, float]]") -> None:
+    def peak() -> float:
+        return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
+
+    parts = {"libraries": peak()}
+    bench = Bench(size, count, images, device)
+    model = bench.merged()
+    weights = sum(value.nbytes for value in bench.tower.state_dict().values()) / 1e9
+    bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
+    parts |= {"weights": weights, "images": bench.images.nbytes / 1e9, "merged weights": weights, "gradients": weights}
+    parts["deltas"] = sum(d.nbytes for name in model.coefficients.rows if (d := model.delta(name)) is not None) / 1e9
+    run = bench.adaptation_step(model, images)
+    for _ in range(2):
+        run()
+    parts["peak"] = peak()
+    parts["activations"] = activations(model, bench.images[0]) / 1e9
+    queue.put(parts)
+
+
+def activations(model: nn.Module, images: Tensor) -> int:
+    """Bytes that a forward pass keeps for its backward pass, without the weights."""
+    sizes: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    weights = model.weights()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), model.holding(weights):
+        features = model(images)  # held until it is counted, so that no place is used twice
+        known = {value.untyped_storage().data_ptr() for value in (images, *weights.values())}
+        total = sum(size for place, size in sizes.items() if place not in known)
+        del features
+    return total
+
+
+@torch.no_grad()
+def evaluation(args: argparse.Namespace) -> dict[str, float]:
+    """Throughput of a merge in inference over that of the plain model."""
+    bench = Bench(args.size, args.experts, args.images, args.device)
+    model, images = bench.merged(), bench.images.flatten(0, 1)[:64]
+    steps = {"plain": lambda: bench.tower(images), "merge": lambda: model(images)}
+    times = in_turns(dict(steps), args.device, 3 * args.repeats)
+    return {**{f"{name}, images/s": len(images) / value for name, value in times.items()},
+            "ratio": times["plain"] / times["merge"]}  # fmt: skip
+
+
+class FirstStep(L.Callback):
+    """Ends the process where the first step begins."""
+
+    def on_train_batch_start(self, *_: object) -> None:
+        os._exit(0)
+
+
+def start(args: argparse.Namespace) -> dict[str, float]:
+    """Processor seconds of `--help`, and wall seconds until the first step of the quickstart, over the imports."""
+    train = [sys.executable, str(ROOT / "train.py")]
+    fit = [*train, "fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--name", "scaling"]
+    commands = {
+        "import torch and lightning": [sys.executable, "-c", "import torch, lightning.pytorch"],
+        "train.py --help": [*train, "--help"],
+        "fit, to its first step": [*fit, "--trainer.callbacks+=benchmarks.scaling.FirstStep"],
+    }
+    measured: dict[str, tuple[float, float]] = {}
+    for name, command in commands.items():
+        rounds = [_run(command) for _ in range(args.repeats + 1)][1:]
+        measured[name] = tuple(map(statistics.median, zip(*rounds, strict=True)))  # type: ignore[assignment]
+    (own, imports), (shown, helped), (_, began) = measured.values()
+    seconds = {f"{name}, wall": wall for name, (_, wall) in measured.items()}
+    return {**seconds, "--help / import, processor time": shown / own, "--help / import, wall": helped / imports,
+            "first step after --help": began - helped}  # fmt: skip
+
+
+def _run(command: list[str]) -> tuple[float, float]:
+    """Processor and wall seconds of a command."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begun
+    return after.ru_utime - before.ru_utime, wall
+
+
+PARTS = {"step": step, "experts": experts, "memory": memory, "evaluation": evaluation, "start": start}
+
+
+def main() -> None:
+    """Measure the parts that are asked for; print them, and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--size", choices=SIZES, default="ViT-B/32")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--images", type=int, default=16, help="per task")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=1)
+    args = parser.parse_args()
+    console, found = Console(), {}
+    for part in args.only:
+        begun = time.perf_counter()
+        found[part] = PARTS[part](args)
+        table = Table(title=f"{part} ({time.perf_counter() - begun:.0f} s)", show_header=False)
+        for name, value in found[part].items():
+            table.add_row(name, f"{value:.{max(0, 2 - math.floor(math.log10(abs(value) or 1)))}f}")
+        console.print(table)
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    console.print(json.dumps({**vars(args), **versions, **found}), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
