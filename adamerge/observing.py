@@ -79,6 +79,10 @@ def observe(
     | `fisher`      | every parameter that has a gradient | mean over examples of (∂ log p / ∂θ)², sample by sample    |
     | `sensitivity` | every parameter that has a gradient | |Σ θ · ∂ log p / ∂θ|, a scalar, of the mean over examples  |
 
+    Of `nn.MultiheadAttention`, `in_proj_weight` is measured as far as its inputs go, where queries, keys and values are
+    one tensor. It applies its other weights without calling a module: nothing is measured of them, `out_proj` among
+    them.
+
     log p is the log-likelihood of `targets`, summed over the positions of a sequence. Padding does not count: tokens
     where an `attention_mask` of the batch is 0. The model should be in evaluation mode; it is not changed.
 
@@ -126,7 +130,9 @@ class _Sums:
         modules = {name: module for name, module in modules.items() if layers is None or name in layers}
         self.linear = {name: module for name, module in modules.items() if _is_linear(module)}
         norms = {name: module for name, module in modules.items() if "magnitude" in measures and _is_norm(module)}
-        self.hooked = self.linear | norms
+        attention = {f"{name}.in_proj_weight".lstrip("."): m for name, m in model.named_modules() if _is_fused(m)}
+        attention = {name: module for name, module in attention.items() if layers is None or name in layers}
+        self.hooked, self.of_inputs = self.linear | norms | attention, self.linear | attention
         self._last: tuple[Any, int, str] = (None, -1, "")
 
     def add(self, key: str, value: Tensor) -> None:
@@ -143,6 +149,8 @@ class _Sums:
             for name, module in self.hooked.items():
 
                 def hook(module: nn.Module, given: Any, output: Tensor, name: str = name) -> None:
+                    if isinstance(module, nn.MultiheadAttention) and not given[0] is given[1] is given[2]:
+                        return
                     self._input(name, given[0], masks)
                     if "output_gram" in self.measures and name in self.linear:
                         outputs.append((name, output))
@@ -150,7 +158,7 @@ class _Sums:
                 hooks.callback(module.register_forward_hook(hook).remove)
             output = call(self.model, batch)
         self._last = (None, -1, "")
-        if "output_gram" in self.measures:
+        if outputs:
             for objective in likelihoods(output, batch, masks):
                 gradients = torch.autograd.grad(
                     objective, [y for _, y in outputs], retain_graph=True, allow_unused=True
@@ -164,7 +172,8 @@ class _Sums:
         rows = wide(_tokens(x.detach(), masks, name))
         seen, self.tokens[name] = name in self.tokens, self.tokens.get(name, 0) + len(rows)
         last, last_version, source = self._last
-        again = last is x and last_version == x._version and (name in self.linear) == (source in self.linear)
+        alike = (name in self.of_inputs) == (source in self.of_inputs)
+        again = last is x and last_version == x._version and alike
         if name in self.shared and not (again and source == self.shared[name]):
             raise InputError(f"{name} has the inputs of {self.shared[name]} in some calls and others in others")
         if again and not seen and source != name:
@@ -172,7 +181,7 @@ class _Sums:
         if name in self.shared:
             return
         self._last = (x, x._version, name)
-        for measure in {"gram", "merged_gram"} & self.measures if name in self.linear else ():
+        for measure in {"gram", "merged_gram"} & self.measures if name in self.of_inputs else ():
             self.add(f"{measure}/{name}", rows.T @ rows)
         if "magnitude" in self.measures:
             self.add(f"magnitude/{name}", rows.abs().sum(0))
@@ -216,6 +225,10 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and (
         isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and weight.dim() == 2)
     )
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -8,7 +8,6 @@ memory is what the process takes beyond the experts' matrices, for the largest o
 
 import argparse
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def measured(sizes: dict[tuple[int, int], int], rounds: int, device: str, names:
     for shape, pool in pools.items():
         tall = pool.deltas["w"][0] if shape[0] >= shape[1] else pool.deltas["w"][0].T.contiguous()
         one = lambda matrix=tall: torch.linalg.svd(matrix, full_matrices=False)  # noqa: E731
-        svd[shape] = statistics.median([measure(one, device)[0] for _ in range(rounds + 2)][1:])
+        svd[shape] = min(measure(one, device)[0] for _ in range(rounds + 2))
     table = Table(title=f"K = {K}; a decomposition takes " + ", ".join(f"{t:.2f} s of {s}" for s, t in svd.items()))
     for column in ("rule", "seconds", "SVDs it needs", "ratio", "of square ones", "extra memory"):
         table.add_column(column, justify="left" if column == "rule" else "right")
@@ -121,7 +120,7 @@ def measured(sizes: dict[tuple[int, int], int], rounds: int, device: str, names:
         for shape, pool in pools.items():
             step = lambda pool=pool, rules=rules: merge(pool, rules)  # noqa: E731
             found = [measure(step, device) for _ in range(rounds)]
-            times[shape] = statistics.median(took for took, _ in found)
+            times[shape] = min(took for took, _ in found)
             most = max(most, *(megabytes for _, megabytes in found))
         total = sum(sizes[shape] * each for shape, each in times.items())
         floor = count * sum(sizes[shape] * each for shape, each in svd.items())
@@ -135,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="B/32")
-    parser.add_argument("--rounds", type=int, default=1, help="of which the median counts; default: 1")
+    parser.add_argument("--rounds", type=int, default=1, help="of which the fastest counts; default: 1")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE", help="default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--width", type=int, help=argparse.SUPPRESS)

@@ -175,3 +175,26 @@ def test_layers_that_share_inputs_at_times_only_are_refused():
 
     with pytest.raises(InputError, match=r"b\.weight has the inputs of a\.weight in some calls"):
         observe(Fickle(), [torch.randn(2, 2), torch.randn(3, 2)])
+
+
+class Attending(nn.Module):
+    def __init__(self, cross: bool = False) -> None:
+        super().__init__()
+        self.norm, self.attn, self.cross = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True), cross
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.attn(x, x.flip(1) if self.cross else x, x, need_weights=False)[0].mean(1)
+
+
+def test_fused_attention_is_measured_by_its_inputs():
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(3, 5, 4)
+    found = observe(model, x.split(2), ("gram", "magnitude", "output_gram"))
+    rows = model.norm(x).flatten(0, 1).detach()
+    torch.testing.assert_close(found.find("gram", "attn.in_proj_weight"), rows.T @ rows / 15)
+    torch.testing.assert_close(found.find("magnitude", "attn.in_proj_weight"), rows.abs().mean(0))
+    torch.testing.assert_close(found.find("gram", "attn.in_proj_weight.query"), rows.T @ rows / 15)
+    assert found.find("output_gram", "attn.in_proj_weight") is None
+    assert found.find("gram", "attn.out_proj.weight") is None
+    assert observe(Attending(cross=True).eval(), [x]).find("gram", "attn.in_proj_weight") is None
