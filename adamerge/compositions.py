@@ -148,7 +148,8 @@ class _Materialised(torch.autograd.Function):
                     else:
                         grad_x[part].baddbmm_(out, weights, beta=int(block.start > 0))
                 if grad_routing is not None:
-                    grad_routing[part] += _inner(*((into, out) if layer.transposed else (out, into)), staged[1:], room)
+                    left, right = (into, out) if layer.transposed else (out, into)
+                    grad_routing[part] += _inner(left, right, staged[1:], room)
         return grad_x, grad_routing, None
 
 
