@@ -30,8 +30,9 @@ lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time and memory of an adaptation step, and of a static merge of large experts (28 GB of disk)
+bench: $(STAMP)  ## time and memory of adaptation steps, routing, and a static merge of large experts (28 GB of disk)
 	$(BIN)/python -m benchmarks.adaptation_step
+	$(BIN)/python -m benchmarks.compositions
 	$(BIN)/python -m benchmarks.static_merge --parameters 2e9
 
 clean:  ## remove caches and build output; .venv/ and runs/ stay

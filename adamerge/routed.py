@@ -1,17 +1,17 @@
 """Linear layers whose weights differ from group to group of a batch: W_g = W₀ + Σₖ w_gk τₖ."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adamerge import ops
-from adamerge.deltas import AnyDeltas, LowRank
+from adamerge.compositions import Composition, routed_product
+from adamerge.deltas import AnyDeltas, Deltas, LowRank
 
-#: Bytes of composed weights that exist at a time. Larger chunks were not faster on a CPU, where they leave the cache.
-CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+#: What it costs to read or to write one element, in multiply-adds of a large matrix product.
+MOVE = 20
+#: What it costs to bring one element of a matrix into a product with a batch, however few rows that has.
+LOAD = 120
 
 
 def routed_linear(
@@ -23,9 +23,8 @@ def routed_linear(
 ) -> Tensor:
     """y_g = x_g W_gᵀ + b_g with W_g = W₀ + Σₖ w_gk τₖ: exact, without a loop over groups.
 
-    Weights are composed for a chunk of groups at a time, and once more in the backward pass, so that memory does not
-    grow with the number of groups; only x and w are saved. The gradient is that of x and w alone. Low-rank deltas are
-    never composed: y_g = x_g W₀ᵀ + (w_g ⊙ (x_g Vᵀ)) Uᵀ.
+    Whichever way is taken, memory does not grow with the number of groups beyond x and y, and only x and w are saved
+    (with factors, what lies between them too). The gradient is that of x and w alone.
 
     Args:
         x: [G, M, I], the M rows (samples × tokens) of every group.
@@ -42,14 +41,14 @@ def routed_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         routing = routing.to(weight[0].dtype)
-        rows = None if bias is None else routed_rows(routing, *bias).to(x.dtype)
         matrix, deltas = weight
-        if deltas is None or isinstance(deltas, LowRank):
+        if deltas is None:
             y = F.linear(x, (matrix.T if transposed else matrix).to(x.dtype))
-            y = y if deltas is None else y + _factored(x, routing, deltas, transposed)
         else:
-            y = _RoutedLinear.apply(x, routing, matrix, deltas, transposed)
-        return y if rows is None else y + rows.unsqueeze(1)
+            backward = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
+            price = costs(len(x), x.shape[1], matrix, deltas, backward)
+            y = routed_product(x, routing, matrix, deltas, transposed, min(price, key=price.__getitem__))
+        return y if bias is None else y.add_(routed_rows(routing, *bias).to(x.dtype).unsqueeze(1))
 
 
 def routed_rows(routing: Tensor, bias: Tensor, deltas: AnyDeltas | None) -> Tensor:
@@ -57,53 +56,35 @@ def routed_rows(routing: Tensor, bias: Tensor, deltas: AnyDeltas | None) -> Tens
     return bias.expand(len(routing), -1) if deltas is None else ops.weighted_sum(routing, bias, deltas)
 
 
-def _factored(x: Tensor, routing: Tensor, deltas: LowRank, transposed: bool) -> Tensor:
-    """Σₖ w_gk x_g τₖᵀ through the factors τₖ = Uₖ Vₖ, of which neither is composed."""
-    left, right = deltas.left.to(x.dtype), deltas.right.to(x.dtype)  # [K, m, r], [K, r, n]
-    into, out = (left.mT, right.mT) if transposed else (right, left)
-    rank = into.shape[1]
-    inner = F.linear(x, into.flatten(0, 1))  # [G, M, K r]
-    inner = inner * routing.to(x.dtype).repeat_interleave(rank, 1).unsqueeze(1)
-    return F.linear(inner, out.transpose(0, 1).flatten(1))
+def costs(
+    groups: int, rows: int, matrix: Tensor, deltas: AnyDeltas, backward: bool = False
+) -> dict[Composition, float]:
+    """What each way costs that can be taken, in multiply-adds of a large matrix product.
 
+    With P = O·I and n = G·M rows in all, a product takes n P, what it multiplies with `LOAD` an element, and whatever
+    is read or written on the way `MOVE`. `materialise` stages K + 1 matrices (read, written, read again) and makes G of
+    them; going back, it takes two products and composes for both. `expand` and `factorise` do going back what they do
+    going forth. `benchmarks.compositions` holds this against the clock.
 
-class _RoutedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Tensor, weight: Tensor, deltas: AnyDeltas, transposed: bool) -> Any:
-        ctx.save_for_backward(x, routing)
-        ctx.frozen = weight, deltas, transposed
-        return torch.cat(
-            [torch.bmm(x[part], _compose(routing[part], ctx.frozen, x.dtype).mT) for part in _chunks(x, weight)]
+    Args:
+        groups: G.
+        rows: M, of every group.
+        matrix: W₀.
+        deltas: [K, *shape] in any form; what is compressed is made dense, but to factorise.
+        backward: whether a backward pass follows.
+    """
+    tasks, elements, sides = len(deltas), matrix.numel(), sum(matrix.shape)
+    batch, passes, products = groups * rows, 1 + backward, 1 + 2 * backward
+    product = batch * elements
+    unpacked = MOVE * 2 * tasks * elements if isinstance(deltas, Deltas) else 0
+    result: dict[Composition, float] = {}
+    if isinstance(deltas, LowRank):
+        inner = tasks * deltas.left.shape[-1]
+        result["factorise"] = passes * (
+            product + batch * inner * (sides + 4 * MOVE) + LOAD * (elements + inner * sides)
         )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, routing = ctx.saved_tensors
-        weight, deltas, transposed = ctx.frozen
-        grads_x, grads_routing = [], []
-        for part in _chunks(x, weight):
-            if ctx.needs_input_grad[0]:
-                grads_x.append(torch.bmm(grad[part], _compose(routing[part], ctx.frozen, x.dtype)))
-            if ctx.needs_input_grad[1]:
-                outer = torch.bmm(x[part].mT, grad[part]) if transposed else torch.bmm(grad[part].mT, x[part])
-                outer = outer.to(weight.dtype).reshape(len(outer), *deltas.shape[1:])
-                grads_routing.append(ops.inner(outer, deltas))
-        return _cat(grads_x), _cat(grads_routing), None, None, None
-
-
-def _compose(routing: Tensor, frozen: tuple[Tensor, AnyDeltas, bool], dtype: torch.dtype) -> Tensor:
-    """[g, O, I] weights of a chunk of groups."""
-    weight, deltas, transposed = frozen
-    composed = ops.weighted(routing, deltas).reshape(len(routing), *weight.shape).add_(weight).to(dtype)
-    return composed.mT if transposed else composed
-
-
-def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
-    budget = CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"])
-    size = max(1, budget // (weight.numel() * weight.element_size()))
-    return [slice(start, start + size) for start in range(0, len(x), size)] or [slice(0, 0)]
-
-
-def _cat(parts: list[Tensor]) -> Tensor | None:
-    return torch.cat(parts) if parts else None
+        unpacked += inner * elements
+    staged = MOVE * 3 * (tasks + 1) * elements + unpacked
+    result["materialise"] = passes * staged + products * (product + groups * elements * (tasks + 2 * MOVE))
+    result["expand"] = passes * ((tasks + 1) * (product + LOAD * elements + MOVE * batch * sides) + unpacked)
+    return result

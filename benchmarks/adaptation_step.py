@@ -1,4 +1,4 @@
-"""Cost of one adaptation step against an ordinary training step: `python -m benchmarks.adaptation_step`.
+"""Cost of an adaptation step against an ordinary training step, and of routing: `python -m benchmarks.adaptation_step`.
 
 Same backbone (CLIP's vision tower, random weights), same images, same precision, alternating in one process, so that
 the ratio does not depend on what else the machine does. Peak memory is measured in processes of their own; the C
@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import cached_property
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from adamerge import TaskVectors
+from adamerge.deltas import AnyDeltas, LowRank
 from adamerge.objectives import entropy
-from modules import BlockRouter, Coefficients, MergedModel, Router
+from modules import BlockRouter, Coefficients, MergedModel
 
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 SIZES = {
@@ -39,9 +41,23 @@ SIZES = {
     }.items()
 }
 CLASSES = 100
+RANK = 16
 TRAINING, ADAPTATION = "training step", "adaptation step"
-IN_PARTS, WEMOE = "adaptation step, micro-batches", "WEMoE step, a router per MLP, per-sample routing"
-KINDS = (TRAINING, ADAPTATION, IN_PARTS, WEMOE)
+IN_PARTS = "adaptation step, micro-batches"
+INFERENCE = "inference"
+ROUTED = "WEMoE, a router per MLP, per-sample routing"
+FACTORED = f"{ROUTED}, experts of rank {RANK}"
+#: What is timed, and what its time is compared to.
+KINDS = {
+    TRAINING: TRAINING,
+    ADAPTATION: TRAINING,
+    IN_PARTS: TRAINING,
+    f"step, {ROUTED}": ADAPTATION,
+    f"step, {FACTORED}": ADAPTATION,
+    INFERENCE: INFERENCE,
+    f"inference, {ROUTED}": INFERENCE,
+    f"inference, {FACTORED}": INFERENCE,
+}
 
 
 class Tower(CLIPVisionModel):
@@ -61,24 +77,55 @@ class Bench:
         self.images = torch.randn(experts, per_task, 3, 224, 224, device=device)
         self.head = torch.randn(CLASSES, SIZES[size]["hidden_size"], device=device) / 30
 
-    def merged(self, router: Router | None = None) -> MergedModel:
-        base = {name: value.detach() for name, value in self.tower.state_dict().items()}
-        deltas = {
-            name: torch.empty(len(self.tasks), *value.shape, device=value.device).normal_(0, 1e-3)
-            for name, value in base.items()
-            if value.is_floating_point()
-        }
-        vectors = TaskVectors(base, deltas, self.tasks, fingerprints={})
-        return MergedModel(self.tower, vectors, Coefficients(), router).requires_grad_(True)
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.tower.state_dict().items()}
+
+    @cached_property
+    def dense(self) -> TaskVectors:
+        deltas = {name: self._random(*value.shape) for name, value in self.base.items() if value.is_floating_point()}
+        return TaskVectors(self.base, deltas, self.tasks, fingerprints={})
+
+    @cached_property
+    def factored(self) -> TaskVectors:
+        """Matrices as factors, anything else without a difference."""
+
+        def deltas(value: Tensor) -> AnyDeltas:
+            if value.dim() == 2:
+                return LowRank(self._random(len(value), RANK), self._random(RANK, value.shape[1]))
+            return value.new_zeros(1).expand(len(self.tasks), *value.shape)
+
+        found = {name: deltas(value) for name, value in self.base.items() if value.is_floating_point()}
+        return TaskVectors(self.base, found, self.tasks, fingerprints={})
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.empty(len(self.tasks), *shape, device=self.head.device).normal_(0, 1e-3)
+
+    def merged(self, kind: str) -> MergedModel:
+        """The merge of one kind of step: layer-wise coefficients, or routed MLPs and the rest at fixed ones."""
+        vectors = self.factored if FACTORED in kind else self.dense
+        model = MergedModel(self.tower, vectors, Coefficients(), BlockRouter() if ROUTED in kind else None)
+        model.requires_grad_(True)
+        model.coefficients.requires_grad_(ROUTED not in kind)
+        return model
 
     def step(self, kind: str, micro_batch: int) -> Callable[[], None]:
-        """One kind of step, by its name."""
+        """What a kind times."""
         if kind == TRAINING:
             return self.training_step()
-        model = self.merged(BlockRouter() if kind == WEMOE else None)
-        if kind == WEMOE:
-            model.coefficients.requires_grad_(False)
-        return self.adaptation_step(model, micro_batch if kind == IN_PARTS else 0)
+        if kind.startswith(INFERENCE):
+            return self.inference(self.tower if kind == INFERENCE else self.merged(kind).eval())
+        return self.adaptation_step(self.merged(kind), micro_batch if kind == IN_PARTS else 0)
+
+    def inference(self, model: nn.Module) -> Callable[[], None]:
+        """A forward pass over the concatenated batch."""
+        images = self.images.flatten(0, 1)
+
+        @torch.no_grad()
+        def run() -> None:
+            model(images)
+
+        return run
 
     def loss(self, features: Tensor) -> Tensor:
         return entropy(features @ self.head.T).mean()
@@ -175,8 +222,8 @@ def main() -> None:
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32"
     table = Table(title=title, caption=" ".join(f"{name}={value}" for name, value in malloc.items()))
-    for name in ("", "seconds", "ratio", "peak memory", "of it, libraries"):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("", "seconds", "ratio", "to", "peak memory", "of it, libraries"):
+        table.add_column(name, justify="left" if name in ("", "to") else "right")
     context, peaks = multiprocessing.get_context("spawn"), {}
     for name, value in times.items():
         queue: Queue[list[float]] = context.Queue()
@@ -188,8 +235,8 @@ def main() -> None:
         worker.join()
         shown = name.replace("micro-batches", f"micro-batches of {micro_batch}")
         memory = (f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB")
-        table.add_row(shown, f"{value:.2f}", f"{value / times[TRAINING]:.3f}", *memory)
-    console = Console()
+        table.add_row(shown, f"{value:.2f}", f"{value / times[KINDS[name]]:.3f}", KINDS[name], *memory)
+    console = Console(width=160)
     console.print(table)
     machine = {
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Linear layers with weights of their own for every group, against a loop over the groups."""
+"""Linear layers with weights of their own for every group, against a loop over the groups, in every way there is."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge import routed
+from adamerge import compositions, routed
+from adamerge.compositions import routed_product
 from adamerge.deltas import AnyDeltas, LowRank, Sparse, dense
-from adamerge.routed import routed_linear
+from adamerge.routed import costs, routed_linear
 
 GROUPS, ROWS, INTO, OUT, TASKS = 5, 4, 6, 7, 3
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -32,6 +33,17 @@ def none(shape: tuple[int, ...]) -> None:
 
 
 FORMS = [plain_deltas, low_rank, sparse, none]
+WAYS = {
+    plain_deltas: ("materialise", "expand"),
+    low_rank: ("materialise", "expand", "factorise"),
+    sparse: ("materialise", "expand"),
+}
+FORMS_AND_WAYS = [pytest.param(form, way, id=f"{form.__name__}-{way}") for form, ways in WAYS.items() for way in ways]
+
+
+def take(monkeypatch, way: str) -> None:
+    """Whatever the model of costs says."""
+    monkeypatch.setattr(routed, "costs", lambda *_: {way: 0.0})
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -39,11 +51,11 @@ def inputs() -> tuple[Tensor, Tensor]:
     return x.double().requires_grad_(), routing.double().requires_grad_()
 
 
-def layer(form, bias: str, transposed: bool):
-    shape = (INTO, OUT) if transposed else (OUT, INTO)
+def layer(form, bias: str, transposed: bool, out: int = OUT):
+    shape = (INTO, out) if transposed else (out, INTO)
     weight = torch.randn(shape, dtype=torch.float64), form(shape)
-    given = {"moved": plain_deltas((OUT,)), "sparse": sparse((OUT,)), "same": None}
-    return weight, None if bias == "without" else (torch.randn(OUT, dtype=torch.float64), given[bias])
+    given = {"moved": plain_deltas((out,)), "sparse": sparse((out,)), "same": None}
+    return weight, None if bias == "without" else (torch.randn(out, dtype=torch.float64), given[bias])
 
 
 def composed(routing: Tensor, base: Tensor, deltas: AnyDeltas | None) -> Tensor:
@@ -60,15 +72,20 @@ def loop(x: Tensor, routing: Tensor, weight, bias, transposed: bool) -> Tensor:
 
 
 CASES = [
-    pytest.param(form, bias, transposed, id=f"{form.__name__}-bias {bias}{'-transposed' * transposed}")
+    pytest.param(form, way, bias, transposed, id=f"{form.__name__}-{way}-bias {bias}{'-transposed' * transposed}")
     for form in FORMS
+    for way in WAYS.get(form, ("",))
     for bias in ("without", "same", "moved", "sparse")
     for transposed in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("form", "bias", "transposed"), CASES)
+@pytest.mark.parametrize(("form", "way", "bias", "transposed"), CASES)
 class TestAgainstALoop:
+    @pytest.fixture(autouse=True)
+    def way(self, monkeypatch, way):
+        take(monkeypatch, way)
+
     def test_outputs_and_gradients(self, form, bias, transposed):
         (x, routing), (weight, offset) = inputs(), layer(form, bias, transposed)
         result = routed_linear(x, routing, weight, offset, transposed)
@@ -99,22 +116,71 @@ class TestAgainstALoop:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("form", [plain_deltas, sparse])
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_chunks_change_nothing(monkeypatch, form, transposed, at_once):
-    (x, routing), (weight, offset) = inputs(), layer(form, "moved", transposed)
-    whole = routed_linear(x, routing, weight, offset, transposed)
-    expected = torch.autograd.grad(whole.square().sum(), (x, routing))
-    monkeypatch.setattr(routed, "CHUNK_BYTES", {"cpu": at_once * weight[0].nbytes + 1})
-    assert len(routed._chunks(x, weight[0])) == -(-GROUPS // at_once)
-    parts = routed_linear(x, routing, weight, offset, transposed)
-    assert torch.equal(parts, whole)
-    for own, other in zip(torch.autograd.grad(parts.square().sum(), (x, routing)), expected, strict=True):
-        assert_close(own, other, **EXACT)
+@pytest.mark.parametrize("out", [INTO - 2, INTO + 2], ids=["narrow", "wide"])
+@pytest.mark.parametrize("bytes_", [100, 400, 1000, 1 << 20])
+def test_blocks_change_nothing(monkeypatch, transposed, out, bytes_):
+    (x, routing), (weight, offset) = inputs(), layer(plain_deltas, "moved", transposed, out)
+    take(monkeypatch, "materialise")
+    monkeypatch.setattr(compositions, "SCRATCH_BYTES", {"cpu": bytes_})
+    monkeypatch.setattr(compositions, "GROUPS_AT_ONCE", 2)
+    result, expected = (fn(x, routing, weight, offset, transposed) for fn in (routed_linear, loop))
+    assert_close(result, expected, **EXACT)
+    own, other = (torch.autograd.grad(y.square().sum(), (x, routing)) for y in (result, expected))
+    assert_close(own, other, **EXACT)
 
 
-@pytest.mark.parametrize("form", [plain_deltas, low_rank, sparse])
-def test_a_gradient_that_nobody_asks_for_is_not_computed(form):
+@pytest.mark.parametrize(
+    ("groups", "experts", "shape"), [(128, 8, (3072, 768)), (3, 64, (768, 3072)), (500, 8, (96, 384))]
+)
+def test_blocks_fit_in_the_scratch_memory_and_cover_the_matrix_once(groups, experts, shape):
+    matrix, deltas = torch.zeros(shape), torch.zeros(1, 1, 1).expand(experts, *shape)
+    covered = torch.zeros(max(shape))
+    for block, staged, room in compositions._Layer(matrix, deltas, False).blocks(groups):
+        covered[block] += 1
+        assert staged.nbytes + room.nbytes <= compositions.SCRATCH_BYTES["cpu"]
+        assert len(room) >= min(groups, compositions.GROUPS_AT_ONCE)
+    assert (covered == 1).all()
+
+
+def choice(groups: int, rows: int, experts: int, deltas: AnyDeltas | None = None, backward: bool = True) -> str:
+    matrix = torch.empty(768, 3072, device="meta")
+    deltas = torch.empty(experts, *matrix.shape, device="meta") if deltas is None else deltas
+    price = costs(groups, rows, matrix, deltas, backward)
+    return min(price, key=price.__getitem__)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_way_that_is_taken(backward):
+    def factors(rank: int) -> LowRank:
+        sizes = (8, 768, rank), (8, rank, 3072)
+        return LowRank(*(torch.empty(size, device="meta") for size in sizes))
+
+    assert choice(128, 1, 8, backward=backward) == "expand"  # one row cannot pay for a matrix of its own
+    assert choice(128, 50, 8, backward=backward) == "materialise"
+    assert choice(128, 50, 64, backward=backward) == "materialise"
+    assert choice(128, 50, 8, factors(16), backward) == "factorise"
+    assert choice(128, 400, 8, factors(512), backward) == "materialise"  # factors as large as the matrices
+
+
+def test_the_cheapest_way_is_taken(monkeypatch):
+    taken = []
+
+    def product(x, *args):
+        taken.append(args[-1])
+        return routed_product(x, *args)
+
+    monkeypatch.setattr(routed, "routed_product", product)
+    (x, routing), (weight, offset) = inputs(), layer(low_rank, "moved", False)
+    for way in ("expand", "materialise", "factorise"):
+        prices = {"materialise": 2.0, "expand": 2.0, "factorise": 2.0, way: 1.0}
+        monkeypatch.setattr(routed, "costs", lambda *_, prices=prices: prices)
+        routed_linear(x, routing, weight, offset)
+    assert taken == ["expand", "materialise", "factorise"]
+
+
+@pytest.mark.parametrize(("form", "way"), FORMS_AND_WAYS)
+def test_a_gradient_that_nobody_asks_for_is_not_given(monkeypatch, form, way):
+    take(monkeypatch, way)
     (x, routing), (weight, offset) = inputs(), layer(form, "moved", False)
     routed_linear(x.detach(), routing, weight, offset).sum().backward()
     assert x.grad is None
@@ -123,16 +189,18 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(form):
     assert_close([x.grad, routing.grad], list(expected), **EXACT)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_no_groups(form):
+@pytest.mark.parametrize(("form", "way"), [*FORMS_AND_WAYS, pytest.param(none, "", id="none")])
+def test_no_groups(monkeypatch, form, way):
+    take(monkeypatch, way)
     (x, routing), (weight, offset) = inputs(), layer(form, "moved", False)
     result = routed_linear(x[:0], routing[:0], weight, offset)
     assert result.shape == (0, ROWS, OUT)
     result.sum().backward()
 
 
-@pytest.mark.parametrize("form", [plain_deltas, sparse])
-def test_no_composed_weight_is_saved(form):
+@pytest.mark.parametrize(("form", "way"), FORMS_AND_WAYS)
+def test_no_composed_weight_is_saved(monkeypatch, form, way):
+    take(monkeypatch, way)
     (x, routing), (weight, offset) = inputs(), layer(form, "moved", False)
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
@@ -142,8 +210,10 @@ def test_no_composed_weight_is_saved(form):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("form", FORMS)
-def test_autocast_multiplies_in_half_precision_and_composes_in_full(form, transposed):
+@pytest.mark.parametrize(("form", "way"), [*FORMS_AND_WAYS, pytest.param(none, "", id="none")])
+def test_autocast_multiplies_in_half_precision_and_composes_in_full(monkeypatch, form, way, transposed):
+    take(monkeypatch, way)
+
     def single(deltas):
         return None if deltas is None else deltas.float() if isinstance(deltas, Tensor) else deltas.map(Tensor.float)
 
