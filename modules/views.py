@@ -85,6 +85,7 @@ class View:
     Attributes:
         task: its name.
         number: the position of its expert among the task vectors.
+        part: the task's part of the batch.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class View:
         teachers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.task = task
-        self._part, self._pass, self._heads, self._correction = part, passed, heads, correction
-        self._known, self._teachers = known, teachers or heads
+        self.part, self._pass, self._heads, self._correction = part, passed, heads, correction
+        self._known = known
+        self._teachers: Mapping[str, nn.Module] = teachers or dict(heads.items())
 
     @property
     def size(self) -> int:
@@ -123,6 +125,12 @@ class View:
     def features(self) -> Tensor:
         """[B, D] features, corrected."""
         return self.raw if self._correction is None else self._correction.features(self.raw, self.task)
+
+    def taken_as(self, task: str) -> "View":
+        """The same images, with the same raw features, taken to be of another task."""
+        other = View(task, self.part, self._pass, self._heads, self._correction, self._known, self._teachers)
+        other.raw = self.raw
+        return other
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -167,11 +175,11 @@ class View:
             yield blocks(name, self._pass.weights, inputs), targets
 
     def _look_up(self, what: str) -> list[Tensor] | None:
-        return self._known(what, self.task, self._part["index"]) if "index" in self._part else None
+        return self._known(what, self.task, self.part["index"]) if "index" in self.part else None
 
     @property
     def labels(self) -> Tensor:
         """[B] labels, in a run that is allowed to see them."""
-        if "labels" not in self._part:
+        if "labels" not in self.part:
             raise InputError("this stream has no labels")
-        return self._part["labels"]
+        return self.part["labels"]

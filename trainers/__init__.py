@@ -3,9 +3,11 @@
 from trainers.adaptation import Adaptation
 from trainers.defence import Adversarial
 from trainers.evolution import CMAES, M2N2
+from trainers.finding import ByEntropy, ByPrototype, ByRouter
 from trainers.finetune import FineTune, LabelledData, fine_tune
 from trainers.frank_wolfe import FrankWolfe
 from trainers.guards import Guard
+from trainers.orders import ClassBlocks, ClassCorrelated, Drifting, Shuffled, TaskBlocks
 from trainers.pareto import MAP
 from trainers.programs import MGDA, Alternate, BiLevel, Joint, Program, Weighted
 from trainers.search import AdaMMS, GridSearch, LMCocktail, Search, Static
@@ -21,6 +23,12 @@ __all__ = [
     "Adversarial",
     "Alternate",
     "BiLevel",
+    "ByEntropy",
+    "ByPrototype",
+    "ByRouter",
+    "ClassBlocks",
+    "ClassCorrelated",
+    "Drifting",
     "FineTune",
     "FrankWolfe",
     "GridSearch",
@@ -30,8 +38,10 @@ __all__ = [
     "LabelledData",
     "Program",
     "Search",
+    "Shuffled",
     "Static",
     "Stream",
+    "TaskBlocks",
     "Weighted",
     "fine_tune",
 ]

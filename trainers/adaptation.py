@@ -22,11 +22,13 @@ from adamerge.suites.measuring import informed
 from modules import Coefficients, Correction, Elements, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.checkpoints import ENTRY, check_entry, entry
 from trainers.checks import check, useless
+from trainers.finding import ByRouter, TaskFinder, regrouped
 from trainers.finetune import fine_tune
 from trainers.finite import Finite, check_finite
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
 from trainers.programs import Losses, Program, average
+from trainers.scoring import evaluating
 from trainers.seeding import drawing
 from trainers.settings import describe
 from trainers.streams import Batch
@@ -62,7 +64,8 @@ class Adaptation(LearningModule):
             the activations of one task at a time in memory. Without, a run on a CPU keeps what it frees for its next
             step (see `adamerge.memory.kept`).
         task_id: `given`: every image is scored by the head of its task; `inferred`: by that of the task which the
-            router finds, and a wrong task counts as a wrong answer.
+            finder finds, and a wrong task counts as a wrong answer.
+        finder: of the task of an image; default: the router.
         allow_labels: let objectives see labels.
         skip_steps: how many steps in a row may be skipped, and counted, since their gradient is not finite, before the
             run stops with what it had learned until then; 0 stops at the first.
@@ -86,9 +89,11 @@ class Adaptation(LearningModule):
         elements: Elements | None = None,
         program: Program | None = None,
         skip_steps: int = 10,
+        finder: TaskFinder | None = None,
     ) -> None:
         super().__init__(optimizer, learning_rates or {})
         self.suite, self.micro_batches, self.task_id, self.allow_labels = suite, micro_batches, task_id, allow_labels
+        self.finder = finder or ByRouter()
         self.coefficients = coefficients or Coefficients()
         self.router, self.correction, self.elements = router, correction, elements
         self.transforms = list(transforms or ())
@@ -224,18 +229,28 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
+            batch = self.told(batch)
             losses, logits = self.phase.stepper.losses(self, batch)
         loss = torch.stack(list(losses.values())).sum()
-        entropies = [entropy(value).mean() for value in logits.values()]
-        seen = average(self, torch.stack([value.detach().to(loss) for value in (loss, *losses.values(), *entropies)]))
-        shown, by_task, by_entropy = seen.split([1, len(losses), len(logits)])
-        values = dict(zip(losses, by_task, strict=True))
-        self.log("loss", shown[0], prog_bar=True)
-        self.log_dict({f"loss/{task}": value for task, value in values.items()})
-        self.log_dict({f"entropy/{task}": value for task, value in zip(logits, by_entropy, strict=True)})
-        absent = torch.full_like(shown[0], torch.nan)
-        every = torch.stack([values.get(task, absent) for task in self.suite.tasks])
-        return {"loss": loss, "losses": every, "logits": logits}
+        shown, by_task, by_entropy = self._shown(loss, losses, logits, batch)
+        self.log("loss", shown, prog_bar=True)
+        self.log_dict({f"loss/{task}": by_task[task] for task in losses})
+        self.log_dict({f"entropy/{task}": by_entropy[task] for task in logits})
+        return {"loss": loss, "losses": torch.stack(list(by_task.values())), "logits": logits}
+
+    def _shown(
+        self, loss: Tensor, losses: Mapping[str, Tensor], logits: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The loss, and each task's mean loss and entropy over all processes' images; NaN where there are none."""
+        tasks, zero = self.suite.tasks, torch.zeros((), device=loss.device)
+        shares = {task: mean(torch.ones_like(zero), part) for task, part in batch.items()}
+        sums = {task: shares[task] * entropy(value).mean() for task, value in logits.items()}
+        each = [[values.get(task, zero) for task in tasks] for values in (losses, sums, shares)]
+        rows = [torch.stack([value.detach().to(loss) for value in values]) for values in each]
+        seen = average(self, torch.cat([loss.detach()[None], *rows]))
+        by_task, by_entropy, share = seen[1:].view(3, -1)
+        shown = [dict(zip(tasks, values / share, strict=True)) for values in (by_task, by_entropy)]
+        return seen[0], shown[0], shown[1]
 
     def losses(self, batch: Batch, weights: Mapping[str, float] | None = None) -> Losses:
         """Each task's mean loss, weighted if asked for, and its logits if the objective has seen them.
@@ -246,7 +261,7 @@ class Adaptation(LearningModule):
 
         def loss(task: str, passed: Pass | None = None) -> Tensor:
             view = self.view(task, batch[task], passed)
-            value = (weights or {}).get(task, 1.0) * self.phase.objective(view).mean()
+            value = (weights or {}).get(task, 1.0) * mean(self.phase.objective(view), batch[task])
             if torch.is_grad_enabled() and not value.requires_grad:
                 learning = self.learning(self.phase)
                 raise useless(learning[0], self.phase, learning)
@@ -293,23 +308,33 @@ class Adaptation(LearningModule):
 
     # -- tasks that are not known ------------------------------------------------------------------------------------
 
+    def told(self, batch: Batch) -> Batch:
+        """A batch by task; where the stream does not tell the tasks of its images, by those that are found."""
+        if getattr(self.trainer.datamodule, "task_known", True):  # type: ignore[attr-defined]
+            return batch
+        with evaluating(self):
+            passed = self.passing(batch)
+            found = {task: self.finder(self, self.view(task, part, passed)) for task, part in batch.items()}
+        return regrouped(self, batch, found)
+
     @torch.no_grad()
     def identify(self, images: Tensor) -> Tensor:
-        """[B] positions of the experts to whose tasks the router takes the images to belong."""
-        return self.view(self.suite.tasks[0], {"images": images}).task_logits.argmax(1)
+        """[B] positions of the tasks to which the finder takes the images to belong."""
+        return self.finder(self, self.view(self.suite.tasks[0], {"images": images}))
 
     def identified(self, images: Tensor, task: str) -> Tensor:
-        """[B] whether the router takes images of a task to be of that task."""
-        return self.identify(images) == self.merged.tasks.index(task)
+        """[B] whether the finder takes images of a task to be of that task."""
+        return self.identify(images) == self.suite.tasks.index(task)
 
     def scored(self, images: Tensor, task: str) -> Tensor:
         """As `forward`; where tasks are inferred, [B, C + 1], the last class for images taken to be of another task."""
-        return self(images, task) if self.task_id == "given" else self.inferred(images, task)
+        return self.answers(self.view(task, {"images": images}))
 
-    def inferred(self, images: Tensor, task: str) -> Tensor:
-        """[B, C + 1] logits of a task for images whose task the router has to find; the last is of any other task."""
-        view = self.view(task, {"images": images})
-        own = view.task_logits.argmax(1) == view.number
+    def answers(self, view: View) -> Tensor:
+        """The logits of a view that are scored; see `scored`."""
+        if self.task_id == "given":
+            return view.logits
+        own = self.finder(self, view) == self.suite.tasks.index(view.task)
         logits = view.logits  # what is not taken to be of this task is wrong, whatever another head makes of it
         other = torch.where(own, -torch.inf, torch.inf).to(logits.dtype)
         return torch.cat([logits, other[:, None]], 1)
@@ -342,3 +367,8 @@ class Adaptation(LearningModule):
         if "heads" in self.learned_by_part():
             log.warning("%s is the backbone alone: the heads that learned are not in it, only in a checkpoint", written)
         return written
+
+
+def mean(losses: Tensor, part: Mapping[str, Tensor]) -> Tensor:
+    """The mean of a task's losses [B]; their weighted sum where the stream gives images a weight."""
+    return (losses * part["weight"].to(losses)).sum() if "weight" in part else losses.mean()

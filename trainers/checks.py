@@ -26,13 +26,13 @@ def check(run: "Adaptation") -> None:
         _check_objective(phase, run.learning(phase), knows_tasks, run.allow_labels)
         _check_experts(phase.objective, run.suite)
         phase.stepper.check(run, run.learning(phase))
-    if run.task_id == "inferred" and not knows_tasks:
-        raise InputError("task_id 'inferred' needs a router that knows tasks, such as modules.FeatureRouter")
-    if run.task_id == "inferred" and (odd := [task for task in run.suite.tasks if task not in run.suite.experts]):
-        raise InputError(f"a router finds the expert of an image, and task {odd[0]!r} has none: set task_id to given")
+    if run.task_id == "inferred":
+        run.finder.check(run)
     if odd := sorted(set(run.learning_rates) - set(PARTS)):
         raise InputError(f"learning_rates has {odd[0]!r}: parts are {', '.join(PARTS)}")
     if (trainer := run._trainer) is not None:
+        if not getattr(trainer.datamodule, "task_known", True) and run.task_id == "given":  # type: ignore[attr-defined]
+            raise InputError("the stream does not tell the tasks of its images: set task_id to inferred")
         _check_precision(str(trainer.precision))
         _check_processes(run, trainer)
 
@@ -80,7 +80,8 @@ def _check_processes(run: "Adaptation", trainer: L.Trainer) -> None:
     if not isinstance(strategy := trainer.strategy, DDPStrategy):
         return
     parts, tasks = [set(run.learning(phase)) for phase in run.phases], len(run.suite.tasks)
-    few = (getattr(trainer.datamodule, "tasks_per_step", None) or tasks) < tasks  # type: ignore[attr-defined]
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    few = (getattr(stream, "tasks_per_step", None) or tasks) < tasks or getattr(stream, "order", None) is not None
     some = few and any(part & {"correction", "heads"} for part in parts)
     if (some or any(part != parts[0] for part in parts)) and not strategy._ddp_kwargs.get("find_unused_parameters"):
         raise InputError("not every step moves every part: set trainer.strategy to ddp_find_unused_parameters_true")

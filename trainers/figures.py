@@ -83,10 +83,12 @@ def progress(
         panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
         smooth = max(1, len(steps) // 40)
         for k, task in enumerate(tasks):
-            raw = losses[:, k].float().numpy()
-            panels[0].plot(steps, raw, color=colour(k), alpha=0.15, lw=0.6)
-            kernel = np.ones(smooth) / smooth
-            panels[0].plot(steps[smooth - 1 :], np.convolve(raw, kernel, "valid"), color=colour(k), lw=1.4, label=task)
+            came = ~losses[:, k].isnan()  # a step need not have images of every task
+            at, raw = np.asarray(steps)[came.numpy()], losses[came, k].float().numpy()
+            panels[0].plot(at, raw, color=colour(k), alpha=0.15, lw=0.6)
+            if len(at) >= smooth:
+                smoothed = np.convolve(raw, np.ones(smooth) / smooth, "valid")
+                panels[0].plot(at[smooth - 1 :], smoothed, color=colour(k), lw=1.4, label=task)
         panels[0].set(
             xlabel="step",
             ylabel="entropy (nats)" if objective == "Entropy" else objective,
@@ -108,6 +110,30 @@ def progress(
         save(figure, path)
 
 
+def online(curves: Mapping[str, Any], tasks: Sequence[str], path: Path) -> None:
+    """Prequential accuracy over the images of a stream that passes once: per window by task, and over all images."""
+    with style():
+        figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+        axes = figure.subplots()
+        at = curves["images"]
+
+        def line(kind: str, name: str, **ink: Any) -> None:
+            values = np.array([np.nan if v is None else 100 * v for v in curves[kind][name]])
+            came = ~np.isnan(values)
+            if came.any():
+                axes.plot(np.asarray(at)[came], values[came], **ink)
+
+        for k, task in enumerate(tasks):
+            line("windowed", task, color=colour(k), lw=1.0, marker=".", ms=3, label=task)
+        line("windowed", "all images", color="black", lw=1.0, ls=":", label="all images, window")
+        line("cumulative", "all images", color="black", lw=2, label="all images so far")
+        if curves["cumulative, task given"] != {"all images": curves["cumulative"]["all images"]}:
+            line("cumulative, task given", "all images", color="grey", lw=2, label="all so far, task given")
+        axes.set(xlabel="images", ylabel="accuracy (%)", title="Predicted, then adapted on", ylim=(0, 100))
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        save(figure, path)
+
+
 def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str], path: Path) -> None:
     """Accuracy per task of the rows worth comparing, experts as black lines."""
     with style():
@@ -118,8 +144,8 @@ def accuracy_bars(rows: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
         places = np.arange(len(tasks) + 1)
         bar = 0.8 / len(shown)
         for i, name in enumerate(shown):
-            heights = [100 * rows[name][task] for task in tasks]
-            heights.append(sum(heights) / len(heights))
+            heights = [100 * rows[name].get(task, np.nan) for task in tasks]
+            heights.append(float(np.nanmean(heights)))
             axes.bar(places - 0.4 + (i + 0.5) * bar, heights, bar, label=name, color=_greys(i, len(shown)))
         if experts:
             marks = [100 * experts.get(task, np.nan) for task in tasks]

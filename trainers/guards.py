@@ -3,20 +3,20 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adamerge import InputError, criteria
 from adamerge.data import fetch
 from modules import Head
 from trainers.adaptation import Adaptation
 from trainers.phases import ExpertOutputs
+from trainers.scoring import evaluating
 from trainers.seeding import generator
 from trainers.settings import settings
 from trainers.streams import Stream
@@ -225,16 +225,3 @@ class Guard(L.Callback):
 
 def _learned(module: Adaptation) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the block, a module and its parts are in evaluation mode, without gradients; after it, as they were."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode

@@ -153,11 +153,11 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
         return [run.view(task, {"images": images}).raw if same == "merged" else run.merged.shared(images)]
 
     if same is not None:
-        for task in run.suite.tasks:
+        for task in batches.datasets:
             keep(same, task, partial(features, task))
     if "teacher" in objective.needs:
         experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
-        for task in run.suite.tasks:
+        for task in batches.datasets:
             run.teachers[task].to(run.device)
             experts.load(vectors.expert(task))
             keep("expert", task, experts)

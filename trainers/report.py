@@ -1,5 +1,6 @@
 """The callback that follows a run and leaves its results and figures."""
 
+import json
 import logging
 import os
 import statistics
@@ -14,14 +15,20 @@ from rich.console import Console
 from torch import Tensor
 
 from adamerge import write_coefficients
+from adamerge.files import write_text
 from trainers import figures
 from trainers.adaptation import Adaptation
-from trainers.evaluation import Accuracy, accuracy, reference_rows
-from trainers.guards import Guard
+from trainers.budget import budget, guards, information, learns
+from trainers.evaluation import Accuracy, accuracy, average, reference_rows
+from trainers.prequential import Prequential
 from trainers.results import Results
 from trainers.streams import Stream
+from trainers.traces import Trace
 
 log = logging.getLogger(__name__)
+
+#: Snapshots of the coefficients that are kept at most.
+SNAPSHOTS = 400
 
 Logits = Callable[[Tensor, str], Tensor]
 
@@ -30,7 +37,8 @@ class Report(L.Callback):
     """Scores the merge before and after adaptation beside the reference rows, and writes results and figures.
 
     Into the run's folder go `results.json`, `results.md`, `coefficients.json` and `figures/`. What is followed on the
-    way is part of the checkpoint: a resumed run reports all of it.
+    way is part of the checkpoint: a resumed run reports all of it. Of a stream that passes once, every image is
+    predicted before it is adapted on: its accuracies and their curves are reported as "this run, online".
 
     Args:
         every: steps between two snapshots of the coefficients.
@@ -41,14 +49,18 @@ class Report(L.Callback):
 
     def __init__(self, every: int = 10, references: bool = True, figures: bool = True, scores: bool = True) -> None:
         self.every, self.references, self.figures, self.scores = every, references, figures, scores
-        self.steps: list[int] = []
-        self.losses: list[Tensor] = []
+        self.trace, self.online = Trace(), Prequential()
         self.snapshots: dict[int, Tensor] = {}
         self.accuracies: dict[int, Accuracy] = {}
         self.attacks: dict[str, Accuracy] = {}
-        self.durations: list[float] = []
+        self.spacing = every
         self.seconds = 0.0
         self._since = self._step_began = time.monotonic()
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """Losses [T] over the run, NaN where a task had no images; see `Trace`."""
+        return self.trace.losses
 
     # -- while the run goes on -----------------------------------------------------------------------------------------
 
@@ -61,21 +73,22 @@ class Report(L.Callback):
             self._snapshot(trainer, pl_module)
         self._since = time.monotonic()
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        stream = trainer.datamodule  # type: ignore[attr-defined]
+        if self.scores and isinstance(pl_module, Adaptation) and isinstance(stream, Stream) and stream.order:
+            self.online.predict(trainer, pl_module, batch)
         self._step_began = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         if not isinstance(pl_module, Adaptation):
             return
         self._tick()
-        self.durations.append(time.monotonic() - self._step_began)
-        self.steps.append(trainer.global_step)
-        self.losses.append(outputs["losses"])
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        self.trace.add(trainer.global_step, time.monotonic() - self._step_began, outputs["losses"])
+        if trainer.global_step % self.spacing == 0 or trainer.global_step == trainer.max_steps:
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, Adaptation) and self.steps:  # a run may end before its last step
+        if isinstance(pl_module, Adaptation) and self.trace.steps:  # a run may end before its last step
             self._snapshot(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,23 +97,25 @@ class Report(L.Callback):
             self.accuracies[trainer.global_step] = scores
 
     def state_dict(self) -> dict[str, Any]:
-        losses = torch.stack([loss.cpu() for loss in self.losses]) if self.losses else torch.zeros(0)
         self._tick()
         return {
-            "steps": list(self.steps),
-            "losses": losses,
+            **self.trace.state_dict(),
+            "online": self.online.state_dict(),
+            "spacing": self.spacing,
             "snapshots": dict(self.snapshots),
             "accuracies": dict(self.accuracies),
             "attacks": dict(self.attacks),
-            "durations": list(self.durations),
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.losses = list(state_dict["steps"]), list(state_dict["losses"])
+        self.trace.load_state_dict(state_dict)
+        if "online" in state_dict:  # older checkpoints know of no such stream
+            self.online.load_state_dict(state_dict["online"])
+        self.spacing = state_dict.get("spacing", self.every)
         self.snapshots, self.accuracies = dict(state_dict["snapshots"]), dict(state_dict["accuracies"])
         self.attacks = dict(state_dict.get("attacks", {}))
-        self.durations, self.seconds = list(state_dict.get("durations", [])), state_dict["seconds"]
+        self.seconds = state_dict["seconds"]
 
     # -- at the end ----------------------------------------------------------------------------------------------------
 
@@ -114,6 +129,8 @@ class Report(L.Callback):
             if pl_module.coefficients.groups:
                 table = pl_module.coefficients.table(pl_module.merged.fingerprints)
                 write_coefficients(table, folder / "coefficients.json")
+            if len(self.online.table()):
+                write_text(folder / "prequential.json", json.dumps(self.online.curves(pl_module.suite.tasks), indent=1))
             if self.figures:
                 self._draw(pl_module, results, folder / "figures")
             if self.scores:
@@ -150,10 +167,10 @@ class Report(L.Callback):
             "seed": stream.seed,
             "steps": trainer.global_step,
             "skipped_steps": module.finite.skipped,
-            "learned_parameters": sum(p.numel() for _, p in module.learned()) if _learns(module) else 0,
+            "learned_parameters": sum(p.numel() for _, p in module.learned()) if learns(module) else 0,
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
-            "seconds_per_step": round(statistics.median(self.durations or [0.0]), 4),
+            "seconds_per_step": round(statistics.median(self.trace.seconds or [0.0]), 4),
             **measured,
             "information": sorted(information(module, stream)),
             "method": module.describe(),
@@ -182,6 +199,7 @@ class Report(L.Callback):
             )  # fmt: skip
         rows["this run, start"] = self.accuracies[0]
         began = time.monotonic()
+        rows |= self._passed(module)
         rows["this run, adapted"] = self._score(trainer, module, module.scored)
         per_image = (time.monotonic() - began) / sum(map(len, stream.eval_tasks().values()))  # type: ignore[arg-type]
         self.accuracies[trainer.global_step] = rows["this run, adapted"]
@@ -189,10 +207,22 @@ class Report(L.Callback):
         if module.task_id == "inferred":
             rows["this run, task given"] = self._score(trainer, module, module)
             more["task_identification"] = self._score(trainer, module, module.identified)
+        if stream.tasks and (unseen := [task for task in module.suite.tasks if task not in stream.tasks]):
+            both = {"start": rows["this run, start"], "adapted": rows["this run, adapted"]}
+            more["unseen_tasks"] = {when: average({task: row[task] for task in unseen}) for when, row in both.items()}
         if any(self.attacks.values()):
             self.attacks["adapted"] = self._score_attacks(trainer, module)
             more["attack_success"] = self.attacks
         return rows, more
+
+    def _passed(self, module: Adaptation) -> dict[str, Accuracy]:
+        """Rows of a stream that passes once, each image predicted before it was adapted on."""
+        if not len(self.online.table()):
+            return {}
+        rows = {"this run, online": self.online.accuracy(module.suite.tasks)}
+        if module.task_id == "inferred":
+            rows["this run, online, task given"] = self.online.accuracy(module.suite.tasks, given=True)
+        return rows
 
     def _draw(self, module: Adaptation, results: Results, folder: Path) -> None:
         tasks, groups = module.suite.tasks, module.coefficients.groups
@@ -202,10 +232,12 @@ class Report(L.Callback):
             pool = module.merged.tasks
             figures.coefficient_map(values[-1], groups, pool, values[0], folder / "coefficients.png")
             figures.coefficient_paths(steps, values, pool, folder / "coefficients_over_steps.png")
-        losses = torch.stack([loss.cpu() for loss in self.losses])
+        losses = torch.stack([loss.cpu() for loss in self.trace.losses])
         experts = results.rows.get("experts")
         names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)
-        figures.progress(self.steps, losses, names, self.accuracies, experts, tasks, folder / "progress.png")
+        figures.progress(self.trace.steps, losses, names, self.accuracies, experts, tasks, folder / "progress.png")
+        if len(self.online.table()):
+            figures.online(self.online.curves(tasks), tasks, folder / "online.png")
         if results.rows:
             figures.accuracy_bars(results.rows, tasks, folder / "accuracy.png")
         for phase in module.phases:
@@ -213,49 +245,10 @@ class Report(L.Callback):
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:
         self.snapshots[trainer.global_step] = module.coefficients.means().cpu().clone()
+        if len(self.snapshots) > SNAPSHOTS:
+            self.spacing *= 2
+            self.snapshots = {step: kept for step, kept in self.snapshots.items() if step % self.spacing == 0}
 
     def _tick(self) -> None:
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-
-
-def information(module: Adaptation, stream: Any) -> set[str]:
-    """What a run is told: what its objectives and guards need, and, where they take any, the images of its stream."""
-    watching = guards(module)
-    told = set[str]().union(*(phase.objective.needs for phase in module.phases), *(guard.needs for guard in watching))
-    if not watching and not any(phase.objective.images and phase.stepper.learns for phase in module.phases):
-        return told if _learns(module) else set()
-    told |= {"images"}
-    if isinstance(stream, Stream):
-        told |= {"task id", "train data"} if stream.train_split == "train" else {"task id"}
-    return told
-
-
-def guards(module: Adaptation) -> list[Guard]:
-    """The guards of a run."""
-    callbacks = module._trainer.callbacks if module._trainer else []  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, Guard)]
-
-
-def _learns(module: Adaptation) -> bool:
-    """Whether anything moves in the course of a run."""
-    return any(phase.stepper.learns for phase in module.phases)
-
-
-def budget(module: Adaptation, stream: Any) -> str:
-    """One sentence on what a run learns, and from what."""
-    if not _learns(module):
-        return "Learns nothing: the merge is scored as it is"
-    counts = {part: sum(p.numel() for p in parameters) for part, parameters in module.learned_by_part().items()}
-    parts = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
-    sees = information(module, stream)
-    words = {
-        "teacher": "the experts' outputs",
-        "anchors": "inputs made from the experts' weights",
-        "task id": "the task of each image",
-        "train data": "training data",
-    }
-    told = ", ".join(words.get(what, what) for what in sorted(sees))
-    return f"Learns {sum(counts.values()):,} numbers ({parts}) from: {told}" + (
-        "" if "labels" in sees else "; no labels"
-    )

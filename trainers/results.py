@@ -31,10 +31,9 @@ class Results:
 
     def normalised(self, method: str) -> float | None:
         """Mean over tasks that have an expert of accuracy divided by the expert's; none where none was scored."""
-        experts, row = self.rows.get("experts"), self.rows[method]
-        if experts is None:
-            return None
-        return sum(row[task] / max(expert, 1e-12) for task, expert in experts.items()) / len(experts)
+        experts, row = self.rows.get("experts", {}), self.rows[method]
+        shares = [row[task] / max(expert, 1e-12) for task, expert in experts.items() if task in row]
+        return sum(shares) / len(shares) if shares else None
 
     def write(self, folder: Path) -> None:
         """Leave `results.json` and `results.md` in a folder."""

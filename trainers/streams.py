@@ -1,4 +1,4 @@
-"""The test stream: batches of known tasks, each a pure function of (seed, step)."""
+"""The test stream: batches of images of some tasks, each a pure function of (seed, step)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge import InputError
+from adamerge.corruptions import Corruption
 from adamerge.data import Substituted, fetch, labels_of, split_held_out
 from adamerge.suites import Split, Suite
+from trainers.corrupting import Corrupted
 from trainers.loading import load
+from trainers.orders import Order, OrderedSteps, arranged
 from trainers.seeding import generator
-
-#: Images and their positions in the data set, by task.
-Batch = dict[str, dict[str, Tensor]]
+from trainers.settings import settings
+from trainers.steps import Batch as Batch
+from trainers.steps import Steps, Untold
 
 
 class Stream(L.LightningDataModule):
@@ -26,8 +29,11 @@ class Stream(L.LightningDataModule):
     step) only, so that a resumed run sees what it would have seen, whatever the number of workers; several processes
     split every batch.
 
+    With an `order`, images of all tasks come mixed, in one stream that passes once: each is predicted, then adapted on,
+    and a run ends with it at the latest.
+
     Args:
-        batch_size: images per task and step, over all processes.
+        batch_size: images per step, over all processes: of every task, or, with an `order`, in all.
         split: the split to score, and to adapt on unless `train_split` says otherwise.
         train_split: another split to adapt on, for objectives that are trained on training data.
         half: adapt on one half of the images alone, 0 or 1, as `seed` divides them: two runs with a half each tell how
@@ -42,6 +48,13 @@ class Stream(L.LightningDataModule):
         num_workers: worker processes that load images; where one dies, another goes on with what it owed.
         on_bad_image: "stop" raises InputError for an image that can no longer be read, "skip" lets another one of the
             same batch take its place, in adaptation and in scoring, and counts.
+        order: of a stream that passes once, such as `trainers.Shuffled`.
+        tasks: adapt on these alone, in this order, and score all; default: all.
+        corruptions: of the images that are scored, and adapted on where they are of the same split (see
+            `adamerge.corruptions`). Several, in an `order`, take turns: each has its part of the stream, one after
+            another, and what is scored alone has the last.
+        task_known: whether a run is told of which task the images are that it adapts on. If not, it finds that out, as
+            it does in scoring where `task_id` is `inferred`.
     """
 
     def __init__(
@@ -57,6 +70,10 @@ class Stream(L.LightningDataModule):
         per_task: int | None = None,
         half: Literal[0, 1] | None = None,
         on_bad_image: Literal["stop", "skip"] = "stop",
+        order: Order | None = None,
+        tasks: list[str] | None = None,
+        corruptions: list[Corruption] | None = None,
+        task_known: bool = True,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -73,6 +90,11 @@ class Stream(L.LightningDataModule):
             raise InputError(f"tasks_per_step must be positive, got {tasks_per_step}")
         if per_task is not None and per_task < 1:
             raise InputError(f"per_task must be positive, got {per_task}")
+        if order is not None and tasks_per_step is not None:
+            raise InputError("an order says of which tasks the images of a step are: leave out tasks_per_step")
+        if order is None and len(corruptions or ()) > 1:
+            raise InputError("corruptions that take turns need an order of the stream, such as trainers.Shuffled")
+        self.order, self.tasks, self.corruptions, self.task_known = order, tasks, corruptions or [], task_known
         self.train_split, self.tasks_per_step = train_split or split, tasks_per_step
         self.per_task, self.half = per_task, half
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
@@ -87,23 +109,56 @@ class Stream(L.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        names = ("batch_size", "split", "train_split", "tasks_per_step", "per_task", "held_out", "half", "seed")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = (
+            "batch_size",
+            "split",
+            "train_split",
+            "tasks_per_step",
+            "per_task",
+            "held_out",
+            "half",
+            "seed",
+            "tasks",
+        )
+        plain = {name: value for name in names if (value := getattr(self, name)) is not None}
+        more = {
+            "tasks": self.tasks,
+            "order": settings(self.order),
+            "corruptions": [settings(each) for each in self.corruptions],
+        }
+        return {**plain, **{k: v for k, v in more.items() if v}, **({} if self.task_known else {"task_known": False})}
+
+    def setup(self, stage: str) -> None:
+        """A stream that passes once ends a run that would be longer."""
+        if stage == "fit" and self.order is not None and self.trainer is not None:
+            most = -(-cast(int, self._steps([]).count) // self.trainer.accumulate_grad_batches)
+            if not 0 <= self.trainer.max_steps <= most:
+                self.trainer.fit_loop.epoch_loop.max_steps = most
 
     def eval_tasks(self) -> dict[str, Dataset[Any]]:
         """The images that are scored, by task."""
         return {task: dataset for task, (_, dataset) in self._parts().items()}
 
-    def steps(self) -> "StreamSteps":
+    def steps(self) -> Steps:
         """The batches of this process."""
         assert self.trainer is not None
-        shard = (self.trainer.global_rank, self.trainer.world_size)
-        datasets = {task: dataset for task, (dataset, _) in self._parts().items()}
-        module = self.trainer.lightning_module
-        labels = bool(getattr(module, "allow_labels", False))
+        if self.order is not None or not self.task_known:  # where every image is predicted, every one is needed
+            return self._steps([])
         n = self.trainer.accumulate_grad_batches
-        known = [range(r.start * n, r.stop * n) for r in cast(Any, module).without_images()]
-        return StreamSteps(datasets, self.batch_size, self.seed, shard, labels, self.tasks_per_step, known)
+        module = cast(Any, self.trainer.lightning_module)
+        return self._steps([range(r.start * n, r.stop * n) for r in module.without_images()])
+
+    def _steps(self, known: list[range]) -> Steps:
+        assert self.trainer is not None
+        shard = (self.trainer.global_rank, self.trainer.world_size)
+        parts = self._parts()
+        datasets = {task: parts[task][0] for task in self._adapted()}
+        labels = bool(getattr(self.trainer.lightning_module, "allow_labels", False))
+        if self.order is None:
+            endless = StreamSteps(datasets, self.batch_size, self.seed, shard, labels, self.tasks_per_step, known)
+            return endless if self.task_known else Untold(endless, self.suite.tasks)
+        passing = OrderedSteps(datasets, self.order, self.batch_size, self.seed, shard, labels, known)
+        return passing if self.task_known else Untold(passing, self.suite.tasks)
 
     def train_dataloader(self) -> "StepLoader":
         assert self.trainer is not None
@@ -132,7 +187,39 @@ class Stream(L.LightningDataModule):
                 half = split_held_out(len(adapted), 0.5, self.seed)[self.half]  # type: ignore[arg-type]
                 adapted = Part(adapted, half)
             parts[task] = (self._few(task, adapted), scored)
-        return parts
+        return self._corrupt(parts) if self.corruptions else parts
+
+    def _adapted(self) -> list[str]:
+        """The tasks to adapt on."""
+        if odd := [task for task in self.tasks or () if task not in self.suite.tasks]:
+            raise InputError(f"the stream names task {odd[0]!r}; the suite has {', '.join(self.suite.tasks)}")
+        return list(dict.fromkeys(self.tasks or self.suite.tasks))
+
+    def _corrupt(self, parts: Mapping[str, tuple[Dataset[Any], Dataset[Any]]]) -> dict[str, Any]:
+        """The same, corrupted; an image that is both adapted on and scored looks the same."""
+        turns = dict.fromkeys(parts, torch.tensor(len(self.corruptions) - 1))
+        whole = {}
+        if self.order is not None and len(self.corruptions) > 1:
+            streamed = {task: parts[task][0] for task in self._adapted()}
+            task_of, positions = arranged(streamed, self.order, self.seed)
+            turn = torch.arange(len(task_of)) * len(self.corruptions) // len(task_of)
+            for number, task in enumerate(streamed):
+                own = task_of == number
+                whole[task] = turns[task].repeat(len(streamed[task])).scatter(0, positions[own], turn[own])  # type: ignore[arg-type]
+
+        def corrupted(task: str, dataset: Dataset[Any], which: Tensor) -> Corrupted:
+            which = which.expand(len(dataset))  # type: ignore[arg-type]
+            return Corrupted(dataset, task, self.corruptions, which, self.seed)
+
+        found: dict[str, Any] = {}
+        for task, (adapted, scored) in parts.items():
+            same = adapted is scored
+            ours = corrupted(task, scored, whole.get(task, turns[task]) if same else turns[task])
+            if same or self.train_split != self.split:
+                found[task] = (ours if same else adapted, ours)
+            else:
+                found[task] = (corrupted(task, adapted, whole.get(task, turns[task])), ours)
+        return found
 
     def _images(self, task: str, split: Split) -> Dataset[Any]:
         """A split of a task's images, as robust as was asked for."""
@@ -173,11 +260,11 @@ class Part(Dataset[tuple[Tensor, int]]):
         return fetch(self.dataset, self.indices[indices])
 
 
-class StreamSteps(Dataset[Batch]):
-    """Item `step` is that step's batch: `{task: {"images": [b, 3, H, W], "index": [b]}}`, and "labels" if asked for.
+class StreamSteps(Steps):
+    """The batches of a stream that gives so many images of every task at each step, for as long as asked.
 
     Every task runs through its images in one shuffled order after another; the order of an epoch is drawn from (seed,
-    task, epoch). Of each batch, a process takes every `world`-th image. In the steps `known`, images are left out.
+    task, epoch). Of each batch, a process takes every `world`-th image.
     """
 
     def __init__(
@@ -190,23 +277,13 @@ class StreamSteps(Dataset[Batch]):
         tasks_per_step: int | None = None,
         known: Sequence[range] = (),
     ) -> None:
-        self.datasets, self.batch_size, self.seed, self.shard, self.labels = datasets, batch_size, seed, shard, labels
-        self.tasks_per_step, self.known = min(tasks_per_step or len(datasets), len(datasets)), known
+        super().__init__(datasets, batch_size, labels, known)
+        self.seed, self.shard = seed, shard
+        self.tasks_per_step = min(tasks_per_step or len(datasets), len(datasets))
         self._orders: dict[str, tuple[int, Tensor]] = {}
 
-    def __getitem__(self, step: int) -> Batch:
-        batch = {}
-        for task, turn in self.turns(step).items():
-            dataset, index = self.datasets[task], self.indices(task, turn)
-            batch[task] = {"index": index}
-            if any(step in steps for steps in self.known):
-                images, labels = torch.empty(len(index), 0), labels_of(dataset)[index] if self.labels else index
-            else:
-                images, labels = fetch(dataset, index)
-            batch[task]["images"] = images
-            if self.labels:
-                batch[task]["labels"] = labels
-        return batch
+    def indices_of(self, step: int) -> dict[str, Tensor]:
+        return {task: self.indices(task, turn) for task, turn in self.turns(step).items()}
 
     def turns(self, step: int) -> dict[str, int]:
         """The tasks of one step, in the order of the suite, and how many batches each has had before."""
@@ -224,7 +301,6 @@ class StreamSteps(Dataset[Batch]):
         return torch.randperm(len(self.datasets), generator=generator(self.seed, "tasks", number)).tolist()
 
     def all_indices(self, task: str, start: int, end: int, per_step: int = 1) -> Tensor:
-        """Positions of all the images of one task in the optimiser steps from `start` to `end`, sorted."""
         turns = (self.turns(step).get(task) for step in range(start * per_step, end * per_step))
         seen = [self.indices(task, turn) for turn in turns if turn is not None]
         return torch.cat(seen).unique() if seen else torch.empty(0, dtype=torch.int64)
@@ -288,14 +364,15 @@ class StepLoader:
         """Nothing to do."""
 
 
-def training_loader(trainer: L.Trainer, steps: StreamSteps, num_workers: int) -> StepLoader:
+def training_loader(trainer: L.Trainer, steps: Steps, num_workers: int) -> StepLoader:
     """All the batches of a run; one that resumes begins at the first batch after its last optimiser step."""
     if steps.batch_size % trainer.world_size:
         raise InputError(f"batch_size {steps.batch_size} does not divide by the {trainer.world_size} processes")
     if trainer.max_steps < 1:
         raise InputError("a stream has no end: set trainer.max_steps to a positive number")
     per_step = trainer.accumulate_grad_batches
-    return StepLoader(steps, trainer.max_steps * per_step, num_workers, lambda: trainer.global_step * per_step)
+    count = trainer.max_steps * per_step
+    return StepLoader(steps, min(count, steps.count or count), num_workers, lambda: trainer.global_step * per_step)
 
 
 def scoring_loaders(
