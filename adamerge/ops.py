@@ -1,5 +1,10 @@
 """The weighted sum behind every merge, and its gradient, for deltas in any form."""
 
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -69,6 +74,37 @@ def weighted_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tenso
     """
     merged: Tensor = _WeightedSum.apply(coefficients, base, deltas)
     return merged
+
+
+def weighted_sums(coefficients: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]) -> list[Tensor]:
+    """`weighted_sum` of many tensors, each with its own coefficients [K].
+
+    On a GPU, those whose deltas are dense in float32 or bfloat16 go through kernels that take them all at once; the
+    results are the same up to rounding. ADAMERGE_KERNELS=0 in the environment turns that off.
+    """
+    merged = {}
+    if together := [n for n, pair in enumerate(zip(bases, deltas, strict=True)) if _in_kernels(*pair)]:
+        from adamerge import kernels
+
+        rows = torch.stack([coefficients[n] for n in together])
+        done = kernels.sums(rows, [bases[n] for n in together], [deltas[n] for n in together])
+        merged = dict(zip(together, done, strict=True))
+    each = zip(coefficients, bases, deltas, strict=True)
+    return [merged[n] if n in merged else weighted_sum(*arguments) for n, arguments in enumerate(each)]
+
+
+def _in_kernels(base: Tensor, deltas: AnyDeltas) -> bool:
+    if not (base.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not _kernels():
+        return False
+    from adamerge import kernels
+
+    return kernels.fits(base, deltas)
+
+
+@cache
+def _kernels() -> bool:
+    """Whether there is a Triton to run kernels, and nobody has turned them off."""
+    return os.environ.get("ADAMERGE_KERNELS") != "0" and importlib.util.find_spec("triton") is not None
 
 
 def column_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tensor:

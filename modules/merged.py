@@ -14,7 +14,7 @@ from torch.func import functional_call
 from adamerge import InputError, TaskVectors
 from adamerge.deltas import AnyDeltas, dense, mapped
 from adamerge.kinds import kind
-from adamerge.ops import column_sum, weighted_sum
+from adamerge.ops import column_sum, weighted_sums
 from adamerge.rules import Mean, Stack
 from modules.blocks import Blocks, LoneBlocks, per_task
 from modules.coefficients import USUAL_SCALE, Coefficients
@@ -264,12 +264,18 @@ class MergedModel(nn.Module):
 
     def _merge(self) -> Weights:
         frozen, rows, elements = self._frozen, self.coefficients.by_tensor(), self.elements
-        sums = {name: weighted_sum if row.dim() == 1 else column_sum for name, row in rows.items()}
         if elements is None:
-            return {name: sums[name](row, frozen.tensor(name), frozen.deltas[name]) for name, row in rows.items()}
+            return self._sums(rows, {name: frozen.tensor(name) for name in rows})
         zero = next(iter(rows.values())).new_zeros(())
-        changes = {name: sums[name](row, zero, frozen.deltas[name]) for name, row in rows.items()}
+        changes = self._sums(rows, dict.fromkeys(rows, zero))
         return {name: frozen.tensor(name) + elements(name, change) for name, change in changes.items()}
+
+    def _sums(self, rows: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> Weights:
+        """The weighted sums of all tensors, by their rows of coefficients."""
+        deltas, whole = self._frozen.deltas, [name for name, row in rows.items() if row.dim() == 1]
+        merged = weighted_sums([rows[n] for n in whole], [bases[n] for n in whole], [deltas[n] for n in whole])
+        found = dict(zip(whole, merged, strict=True))
+        return {n: found[n] if n in found else column_sum(row, bases[n], deltas[n]) for n, row in rows.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":
         super()._apply(fn, recurse)
