@@ -1,6 +1,7 @@
 """Task vectors: the base and, for every tensor, the stacked differences of the experts to it."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -214,11 +215,12 @@ class _Differences(Mapping[str, AnyDeltas]):
 
     def read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of one tensor, checked to be finite."""
-        return self._base(name), [self._expert(task, name) for task in self.experts]
+        experts = [_finite(f"expert {task!r}", name, self._expert(task, name)) for task in self.experts]
+        return _finite("the base", name, self._base(name)), experts
 
     def rows(self, name: str, rows: slice) -> tuple[Tensor, Tensor]:
         """Base and deltas of some rows of one tensor."""
-        base = _finite("the base", name, rows_of(self.base, name, rows))
+        base = rows_of(self.base, name, rows).detach()
         return base, dense(self.stack(name, base, None, rows))
 
     def stack(
@@ -232,24 +234,31 @@ class _Differences(Mapping[str, AnyDeltas]):
         factors = [self._factors(task, name, rows) for task in self.experts]
         known = [pair for pair in factors if pair is not None]
         if len(known) == len(factors):
+            _finite("the base", name, base)
             return stacked(known, base.shape)
         dtype = torch.promote_types(torch.float32, base.dtype)
         start, out = base.to(dtype), base.new_empty((len(self.experts), *base.shape), dtype=dtype)
+        finite = True
         for k, (task, pair) in enumerate(zip(self.experts, factors, strict=True)):
-            expert = next(experts) if experts else None
             if pair is not None:
                 out[k] = (pair[0] @ pair[1]).view(base.shape)
             else:
-                out[k].copy_(self._expert(task, name, rows) if expert is None else expert).sub_(start)
+                out[k].copy_(next(experts) if experts else self._expert(task, name, rows)).sub_(start)
+            finite = finite and _sums(out[k])
+        if not finite:  # then each is looked at by itself, to name it
+            _finite("the base", name, base)
+            for task, pair in zip(self.experts, factors, strict=True):
+                if pair is None:
+                    _finite(f"expert {task!r}", name, self._expert(task, name, rows))
         return out
 
     def _base(self, name: str) -> Tensor:
-        return _finite("the base", name, self.base[name])
+        return self.base[name].detach()
 
     def _expert(self, task: str, name: str, rows: slice | None = None) -> Tensor:
         state = self.experts[task]
         own = _name_in(state, name, self.tied)
-        return _finite(f"expert {task!r}", name, state[own] if rows is None else rows_of(state, own, rows))
+        return (state[own] if rows is None else rows_of(state, own, rows)).detach()
 
     def _factors(self, task: str, name: str, rows: slice | None) -> Factors | None:
         state = self.experts[task]
@@ -335,13 +344,17 @@ class _Digests:
 
 def _finite(owner: str, name: str, tensor: Tensor) -> Tensor:
     """The tensor, without a graph; raises where it holds NaN or infinity."""
-    # A sum reads the tensor once and keeps every NaN and infinity; only where it is not finite is each value looked at.
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
+    if tensor.is_floating_point() and not _sums(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         if not bad:  # large values, whose sum overflows
             return tensor.detach()
         raise InputError(f"{owner} has {bad} NaN or infinite values in {name}; fine-tune or save it again")
     return tensor.detach()
+
+
+def _sums(tensor: Tensor) -> bool:
+    """Whether a sum is finite, which keeps every NaN and infinity; if not, each value must be looked at."""
+    return math.isfinite(float(tensor.sum()))
 
 
 def _compact(delta: AnyDeltas) -> AnyDeltas:

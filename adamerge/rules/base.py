@@ -16,6 +16,7 @@ from adamerge.task_vectors import TaskVectors, pieces
 from adamerge.threads import in_order
 
 Statistics = TypeVar("Statistics")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,22 @@ def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) 
 
     Tied tensors come once, under the name that `task_vectors.deltas` has.
     """
-    likes = ((name, meta(task_vectors.base, name)) for name in task_vectors.deltas if names is None or name in names)
+    return each_parameter(task_vectors, lambda name, deltas: (name, deltas), names)
+
+
+def each_parameter(
+    task_vectors: TaskVectors,
+    work: Callable[[str, AnyDeltas], Found],
+    names: Collection[str] | None = None,
+    backwards: bool = False,
+) -> Iterator[Found]:
+    """What `work` makes of each of `parameters`, in their order; in several threads where they are read from files.
+
+    A pass that goes `backwards` over the tensors begins with those that the pass before it has read last, and ends with
+    those that the next one, or the merge, begins with: the page cache holds them still, as far as memory goes.
+    """
+    order = reversed(list(task_vectors.deltas)) if backwards else task_vectors.deltas
+    likes = ((name, meta(task_vectors.base, name)) for name in order if names is None or name in names)
     parts = (
         (name, rows)
         for name, like in likes
@@ -221,9 +237,9 @@ def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) 
         for rows in (pieces(like.shape) if task_vectors.elementwise else (None,))
     )
     if task_vectors.lazy and task_vectors.elementwise:
-        yield from in_order(lambda part: (part[0], task_vectors.piece(*part)[1]), parts)
+        yield from in_order(lambda part: work(part[0], task_vectors.piece(*part)[1]), parts)
     else:
-        yield from ((name, task_vectors.piece(name, rows)[1]) for name, rows in parts)
+        yield from (work(name, task_vectors.piece(name, rows)[1]) for name, rows in parts)
 
 
 def transform(task_vectors: TaskVectors, transforms: Sequence[Transform]) -> TaskVectors:

@@ -9,7 +9,7 @@ from torch import Tensor
 from adamerge.checkpoints import meta, rows_of
 from adamerge.deltas import LowRank, dense
 from adamerge.kinds import kind
-from adamerge.rules.base import Changes, Correction, Rule, Stack, Transform
+from adamerge.rules.base import Changes, Correction, Rule, Stack
 from adamerge.rules.linear import Mean
 from adamerge.scales import Scale, per_tensor
 from adamerge.task_vectors import TaskVectors, pieces
@@ -33,8 +33,6 @@ class MergedState(Mapping[str, Tensor]):
     ) -> None:
         rule.check(original.tasks)
         self._scale = per_tensor(scale, original.deltas)
-        if isinstance(rule, Transform):
-            transformed = rule(transformed)
         self.original, self.transformed, self.rule, self.dtype = original, transformed, rule, dtype
         self._statistics = rule.fit(transformed)
         elementwise = rule.elementwise and all(correction.elementwise for correction in corrections)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from torch import Tensor
 from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, dense
 from adamerge.kinds import kind
-from adamerge.rules.base import parameters
+from adamerge.rules.base import Found, parameters
 from adamerge.task_vectors import TaskVectors
 
 #: Counters of a pass: over all values, and between bounds that a sample suggests, where few values fall.
@@ -74,9 +75,13 @@ def _places(shape: torch.Size) -> list[slice | None]:
     return [slice(start, start + rows) for start in starts]
 
 
-def kth_magnitudes(
-    stacks: Callable[[], Iterable[AnyDeltas]], rank: int, dtype: torch.dtype, sample: Sample | None = None
-) -> Tensor:
+class EachStack(Protocol):
+    """Gives what some work makes of deltas [K, *shape], tensor by tensor or piece by piece, each time it is called."""
+
+    def __call__(self, work: Callable[[AnyDeltas], Found], /) -> Iterable[Found]: ...
+
+
+def kth_magnitudes(each: EachStack, rank: int, dtype: torch.dtype, tasks: int, sample: Sample | None = None) -> Tensor:
     """The `rank`-th smallest magnitude of every task over all tensors, [K], exactly.
 
     Floats ≥ 0 sort as their bit patterns do. A pass counts patterns in equal bins over a range, which leaves the one
@@ -85,22 +90,28 @@ def kth_magnitudes(
     costs a pass, and no more.
 
     Args:
-        stacks: gives deltas [K, *shape], tensor by tensor or piece by piece, each time it is called.
+        each: all deltas; what is to be done with each may be done in several threads.
         rank: from 1 on, at most the number of elements.
         dtype: float32 or float64, of the widest tensor.
+        tasks: K.
         sample: of the same deltas.
     """
-    counters: list[_Counter] = []
-    while not counters or not all(counter.found for counter in counters):
-        for deltas in stacks():
-            if not counters:
-                bounds = [sample.bounds(k, rank) if sample else None for k in range(len(deltas))]
-                counters = [_Counter(rank, dtype, bound) for bound in bounds]
-            for counter, delta in zip(counters, deltas, strict=True):
-                counter.add(delta)
+    counters = [_Counter(rank, dtype, sample.bounds(k, rank) if sample else None) for k in range(tasks)]
+
+    def look(deltas: AnyDeltas) -> list[_Seen | None]:
+        return [counter.look(delta) for counter, delta in zip(counters, deltas, strict=True)]
+
+    while not all(counter.found for counter in counters):
+        for seen in each(look):
+            for counter, part in zip(counters, seen, strict=True):
+                counter.add(part)
         for counter in counters:
             counter.narrow()
     return torch.tensor([counter.low for counter in counters], dtype=counters[0].integers).view(dtype)
+
+
+#: How many values lie below the range, and the bins of those within it.
+_Seen: TypeAlias = tuple[int, npt.NDArray[np.signedinteger]]
 
 
 class _Counter:
@@ -116,16 +127,22 @@ class _Counter:
             bins = _FINE
         self._start(bins)
 
-    def add(self, delta: Tensor) -> None:
-        """Count the values of one tensor."""
+    def look(self, delta: Tensor) -> _Seen | None:
+        """The values of one tensor; nothing changes yet, so that several threads may look at once."""
         if self.found:
-            return
+            return None
         codes = self._codes(delta.abs().to(self.dtype).cpu().flatten()).numpy()
-        codes -= self.low
-        self.below += int(np.count_nonzero(codes < 0))
-        inside = codes[codes.view(codes.dtype.str.replace("i", "u")) < self.bins << self.shift]
-        self.waiting.append(inside >> self.shift)
-        self.held += len(inside)
+        below = codes < self.low
+        inside = np.flatnonzero(below != (codes <= min(self.low + (self.bins << self.shift) - 1, self.limit)))
+        return int(np.count_nonzero(below)), (codes[inside] - self.low) >> self.shift
+
+    def add(self, seen: _Seen | None) -> None:
+        """Count what was seen."""
+        if seen is None:
+            return
+        self.below += seen[0]
+        self.waiting.append(seen[1])
+        self.held += len(seen[1])
         if self.held > self.bins:
             self._count()
 

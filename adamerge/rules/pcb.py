@@ -1,15 +1,15 @@
 """Entries compete, within their expert and with the other experts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adamerge.checkpoints import meta
-from adamerge.deltas import dense
+from adamerge.deltas import AnyDeltas, dense
 from adamerge.errors import InputError
-from adamerge.rules.base import Rule, Stack, parameters
+from adamerge.rules.base import Found, Rule, Stack, each_parameter, parameters
 from adamerge.rules.ties import kth_magnitudes
 from adamerge.task_vectors import TaskVectors
 
@@ -66,17 +66,17 @@ class Pcb(Rule[Competition]):
         if not changed:
             return Competition(*torch.zeros(4, len(task_vectors.tasks)))
 
-        def stacks() -> Iterator[Tensor]:
-            return (dense(deltas) for _, deltas in parameters(task_vectors, changed))
+        def each(work: Callable[[AnyDeltas], Found]) -> Iterator[Found]:
+            return each_parameter(task_vectors, lambda name, deltas: work(deltas), changed)
 
-        clipped = int(self.clip * count)
-        low, high = (kth_magnitudes(stacks, rank, dtype) for rank in (1 + clipped, count - clipped))
+        clipped, tasks = int(self.clip * count), len(task_vectors.tasks)
+        low, high = (kth_magnitudes(each, rank, dtype, tasks) for rank in (1 + clipped, count - clipped))
 
-        def balances() -> Iterator[Tensor]:
-            return (balance(deltas, low, high).clamp(min=0) for deltas in stacks())
+        def balances(work: Callable[[AnyDeltas], Found]) -> Iterator[Found]:
+            return each(lambda deltas: work(balance(dense(deltas), low, high).clamp(min=0)))
 
         rank = min(count, 1 + count - int(self.keep * count + 1e-9))
-        least, most = (kth_magnitudes(balances, rank, dtype) for rank in (rank, count))
+        least, most = (kth_magnitudes(balances, rank, dtype, tasks) for rank in (rank, count))
         return Competition(low, high, least, most)
 
     def combine(self, stack: Stack, statistics: Competition) -> Tensor:

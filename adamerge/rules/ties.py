@@ -1,6 +1,7 @@
 """TIES: trim what hardly moved, then settle by sign (Yadav et al., arXiv:2306.01708)."""
 
 import functools
+from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Literal
 
@@ -11,7 +12,7 @@ from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
-from adamerge.rules.base import PerTensor, Rule, Stack, parameters
+from adamerge.rules.base import Found, PerTensor, Rule, Stack, each_parameter
 from adamerge.rules.magnitudes import kth_magnitudes, survey
 from adamerge.task_vectors import TaskVectors
 
@@ -64,7 +65,11 @@ class Trim(PerTensor[Tensor | None]):
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         if rank < 1:
             return torch.zeros(len(task_vectors.tasks), dtype=dtype)
-        return kth_magnitudes(lambda: (deltas for _, deltas in parameters(task_vectors, sizes)), rank, dtype, sample)
+
+        def each(work: Callable[[AnyDeltas], Found]) -> Iterator[Found]:
+            return each_parameter(task_vectors, lambda name, deltas: work(deltas), sizes)
+
+        return kth_magnitudes(each, rank, dtype, len(task_vectors.tasks), sample)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: Tensor | None) -> AnyDeltas:
         values = dense(deltas)
@@ -84,21 +89,32 @@ class Trim(PerTensor[Tensor | None]):
 
 
 class Majority:
-    """The sign that most entries of a model's summed task vectors have; looked for when first asked for."""
+    """The sign that most entries of a model's summed task vectors have; looked for when first asked for.
+
+    Attributes:
+        known: that sign, once it has been asked for.
+    """
 
     def __init__(self, task_vectors: TaskVectors) -> None:
         self.task_vectors = task_vectors
+        self.known: float | None = None
         self._lock = Lock()
-        self._sign: float | None = None
 
     @property
     def sign(self) -> float:
         """+1 or −1."""
         with self._lock:  # pieces may be elected in several threads, and one pass is enough
-            if self._sign is None:
-                signs = (dense(deltas).sum(0).sign() for _, deltas in parameters(self.task_vectors))
-                self._sign = -1.0 if sum(float(sign.sum(dtype=torch.float64)) for sign in signs) < 0 else 1.0
-        return self._sign
+            if self.known is None:
+                # Thresholds come before as a rule, and the merge comes after: both go forwards.
+                signs = each_parameter(self.task_vectors, lambda _, deltas: _balance(dense(deltas)), backwards=True)
+                self.known = -1.0 if sum(signs) < 0 else 1.0
+        return self.known
+
+
+def _balance(deltas: Tensor) -> int:
+    """By how many entries positive sums outnumber negative ones, of [K, *shape]."""
+    signs = deltas.sum(0).sign_().flatten()
+    return sum(int(part.sum()) for part in signs.split(2**24))  # float32 counts no further
 
 
 class ElectSign(PerTensor[Majority], Rule[Majority]):
@@ -125,18 +141,24 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
         return Majority(task_vectors)
 
     def tensor(self, name: str, deltas: AnyDeltas, statistics: Majority) -> AnyDeltas:
-        values = dense(deltas)
-        sign = values.sum(0).sign()
-        # Entries that all experts leave alone need no sign: the pass over all tensors is for exact ties alone.
-        tied = values.amax(0) * (1 - sign.abs())
-        if bool(tied.any()):
-            sign = torch.where(tied > 0, statistics.sign, sign)
-        # What agrees is positive when multiplied by the sign, ±1, and comes back unchanged when multiplied once more.
-        elected = (values * sign).relu_().mul_(sign)
+        agreed, sign = _elect(dense(deltas), statistics)
+        elected = agreed.mul_(sign)
         return Sparse.from_dense(elected) if isinstance(deltas, Sparse) else elected
 
     def combine(self, stack: Stack, statistics: Majority) -> Tensor:
-        """Combine what the election has left."""
-        total = stack.deltas.sum(0)
-        # All that is left of an entry has one sign.
-        return total / stack.deltas.sign().sum(0).abs_().clamp_(min=1) if self.mean else total
+        """Elect, and combine what is left."""
+        agreed, sign = _elect(stack.deltas, statistics)
+        total = agreed.sum(0).mul_(sign)
+        return total.div_(agreed.sign_().sum(0).clamp_(min=1)) if self.mean else total
+
+
+def _elect(deltas: Tensor, majority: Majority) -> tuple[Tensor, Tensor]:
+    """The magnitudes of what agrees with the elected signs, 0 elsewhere, [K, *shape]; these signs, ±1, [*shape]."""
+    sign = deltas.sum(0).sign_()
+    undecided = 1 - sign.abs()
+    # Entries that all experts leave alone may have either sign: the pass over all tensors is for exact ties alone.
+    if majority.known is None and bool((deltas.amax(0) * undecided).sum() > 0):
+        sign.add_(undecided, alpha=majority.sign)
+    else:
+        sign.add_(undecided, alpha=majority.known or 1.0)
+    return (deltas * sign).relu_(), sign

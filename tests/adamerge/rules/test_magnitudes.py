@@ -29,7 +29,7 @@ def sort(values: torch.Tensor, rank: int) -> torch.Tensor:
 def test_any_sample_leads_to_the_value_that_a_sort_finds(values, rank, like):
     factor = {"itself": 1.0, "far too small": 1e-6, "far too large": 1e6, "one value": 0.0}[like]
     sample = Sample(values.abs() * factor + (factor == 0), torch.ones(1000, dtype=torch.float64))
-    found = kth_magnitudes(lambda: values.split(300, dim=1), rank, values.dtype, sample)
+    found = kth_magnitudes(lambda work: map(work, values.split(300, dim=1)), rank, values.dtype, 3, sample)
     assert found.dtype == values.dtype
     assert torch.equal(found, sort(values, rank))
 
@@ -37,12 +37,12 @@ def test_any_sample_leads_to_the_value_that_a_sort_finds(values, rank, like):
 def passes(values: torch.Tensor, rank: int, sample: Sample | None) -> int:
     count = 0
 
-    def stacks():
+    def each(work):
         nonlocal count
         count += 1
-        return values.split(30_000, dim=1)
+        return map(work, values.split(30_000, dim=1))
 
-    assert torch.equal(kth_magnitudes(stacks, rank, values.dtype, sample), sort(values, rank))
+    assert torch.equal(kth_magnitudes(each, rank, values.dtype, len(values), sample), sort(values, rank))
     return count
 
 

@@ -19,14 +19,14 @@ def test_the_kth_magnitude_is_that_of_a_sort(dtype, rank):
     values[1, :400] = 0
     values[2, 100:700] = -1.5
     stacks = [values[:, :600].reshape(3, 20, 30), values[:, 600:]]
-    found = kth_magnitudes(lambda: stacks, rank, dtype)
+    found = kth_magnitudes(lambda work: map(work, stacks), rank, dtype, 3)
     assert found.dtype == dtype
     assert torch.equal(found, values.abs().sort(1).values[:, rank - 1])
 
 
 def test_the_kth_magnitude_over_tensors_of_two_dtypes():
     stacks = [torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0 + 1e-12, 0.1]], dtype=torch.float64)]
-    assert kth_magnitudes(lambda: stacks, 3, torch.float64).tolist() == [2.0 + 1e-12]
+    assert kth_magnitudes(lambda work: map(work, stacks), 3, torch.float64, 1).tolist() == [2.0 + 1e-12]
 
 
 # -- trim --------------------------------------------------------------------------------------------------------------
