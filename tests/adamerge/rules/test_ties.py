@@ -3,9 +3,11 @@
 import pytest
 import torch
 from by_hand import vectors
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors, merge
+from adamerge.merge import plan
 from adamerge.rules import ElectSign, Mean, TaskArithmetic, Trim, transform
 from adamerge.rules.ties import kth_magnitudes
 
@@ -155,3 +157,27 @@ def test_an_election_without_a_mean_may_be_averaged(tv):
 def test_another_way_to_combine_is_refused():
     with pytest.raises(InputError, match="expected combine to be 'sum' or 'mean' in ElectSign, got 'max'"):
         ElectSign("max")
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_ties_in_pieces_of_files_are_settled_as_by_hand(tmp_path, monkeypatch, combine):
+    monkeypatch.setattr("adamerge.task_vectors.PIECE", 64)
+    grid = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(40, 8, generator=grid).bfloat16() for name in ("u", "v")}
+    steps = [torch.randint(-3, 3, (40, 8), generator=grid) for _ in range(8)]  # most of them negative, many ties
+    experts = {task: {name: base[name] + 0.25 * steps.pop() for name in base} for task in "abcd"}
+    for task, state in {"base": base, **experts}.items():
+        save_file(state, tmp_path / f"{task}.safetensors")
+    files = TaskVectors.open(tmp_path / "base.safetensors", {t: tmp_path / f"{t}.safetensors" for t in experts})
+    found = plan(files, [Trim(0.5), ElectSign(combine)])
+    whole = {task: torch.cat([state[name].float() for name in base]) for task, state in experts.items()}
+    deltas = torch.stack(list(whole.values())) - torch.cat([base[name].float() for name in base])
+    least = deltas.abs().flatten(1).sort(1).values[:, 320 - 1].view(4, 1, 1)
+    trimmed = torch.where(deltas.abs() >= least, deltas, 0)
+    sign = trimmed.sum(0).sign()
+    assert sign.sum() < 0
+    assert bool(((sign == 0) & trimmed.any(0)).any())
+    agreed = torch.where(trimmed.sign() == torch.where(sign == 0, -1, sign), trimmed, 0)
+    change = agreed.sum(0) / ((agreed != 0).sum(0).clamp(min=1) if combine == "mean" else 1)
+    for name, part in zip(base, change.split(40), strict=True):
+        assert torch.equal(torch.cat(list(found.parts(name))), (base[name].float() + part).bfloat16())
