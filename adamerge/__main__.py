@@ -1,9 +1,10 @@
-"""The command line: `adamerge merge`, `adamerge inspect` and `adamerge fold`."""
+"""The command line: `adamerge merge`, `inspect`, `fold`, `compress` and `expand`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -44,6 +45,21 @@ def parser() -> ArgumentParser:
     folding.add_argument("--scale", type=float | None, help="the scale that it was made with")
     folding.add_argument("--dry-run", action="store_true", help="say what would be done; read and write no weights")
     commands.add_subcommand("fold", folding, help="let an expert join a merge")
+    packing = ArgumentParser(
+        description="Write the experts of a recipe to one small file, as rules such as TallMask, Emr, OneBit and "
+        "ComPeft make them: one model per task, of which `expand` makes a folder again."
+    )
+    packing.add_argument("recipe", type=Path, help="a YAML file as `merge` takes it, whose rules combine nothing")
+    packing.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    commands.add_subcommand("compress", packing, help="write experts in few bits")
+    unpacking = ArgumentParser(
+        description="Write one expert of a compressed file as a folder that from_pretrained opens."
+    )
+    unpacking.add_argument("compressed", type=Path, help="the file that `compress` wrote")
+    unpacking.add_argument("task", type=str, help="the expert, by its name in the recipe")
+    unpacking.add_argument("--base", type=str, required=True, help="the base model: a folder, a file or a Hub id")
+    unpacking.add_argument("--output", type=Path, required=True, help="the folder to write")
+    commands.add_subcommand("expand", unpacking, help="write one of them as a folder")
     return top
 
 
@@ -80,7 +96,7 @@ def carry_out(read: Callable[[], "Job"], output: Path | None, dry_run: bool) -> 
     from adamerge.running import run
 
     console = Console(stderr=True)
-    try:
+    with _told():
         job = read()
         output = output and output.expanduser()
         if output is None and not dry_run:
@@ -88,42 +104,77 @@ def carry_out(read: Callable[[], "Job"], output: Path | None, dry_run: bool) -> 
         console.print(report(job, output))
         if output is not None and not dry_run:
             console.print(f"merged into {run(job, output, console)}", highlight=False)
-    except (InputError, OSError) as error:  # no right to write somewhere, for example
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+
+
+def compress(recipe: Path, output: Path) -> None:
+    """Write experts in few bits."""
+    from rich.filesize import decimal
+
+    from adamerge import packing
+    from adamerge.recipes import read
+
+    with _told():
+        path = packing.compress(read(recipe.expanduser()), output.expanduser())
+        _say(f"written to {path}: {decimal(path.stat().st_size)}")
+
+
+def expand(compressed: Path, task: str, base: str, output: Path) -> None:
+    """Write one of them as a folder."""
+    from adamerge import packing
+
+    with _told():
+        _say(f"written into {packing.expand(compressed.expanduser(), task, base, output.expanduser())}")
 
 
 def inspect(recipe: Path, output: Path | None, matrices: int) -> None:
     """Look into the experts of a recipe, and say what is found."""
     from rich.console import Console
 
-    from adamerge.errors import InputError
     from adamerge.inspecting import report
     from adamerge.recipes import read
 
     console = Console(stderr=True)
-    try:
+    with _told():
         found = report.inspect(read(recipe), matrices, console)
         Console().print(report.show(found))
         if output is not None:
             report.write(found, output)
-            console.print(f"written into {output}", highlight=False)
-    except InputError as error:
+            _say(f"written into {output}")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong in the block is said in a sentence, and ends the program."""
+    from rich.console import Console
+
+    from adamerge.errors import InputError
+
+    try:
+        yield
+    except (InputError, OSError) as error:  # no right to write somewhere, for example
+        console = Console(stderr=True)
         console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _say(words: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(words, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """What the console script `adamerge` runs."""
     asked = parser().parse_args()
-    if asked.command == "inspect":
-        inspect(asked.inspect.recipe, asked.inspect.output, asked.inspect.matrices)
-    elif asked.command == "fold":
-        fold(**{key: value for key, value in asked.fold.as_dict().items() if key != "config"})
-    else:
-        merge(asked.merge.recipe, asked.merge.output, asked.merge.dry_run)
+    commands: dict[str, Callable[..., Any]] = {
+        "merge": merge,
+        "inspect": inspect,
+        "fold": fold,
+        "compress": compress,
+        "expand": expand,
+    }
+    commands[asked.command](**{key: value for key, value in asked[asked.command].as_dict().items() if key != "config"})
 
 
 if __name__ == "__main__":

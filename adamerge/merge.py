@@ -102,8 +102,8 @@ def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Corr
             return transforms[:-1], last, corrections
         if last.per_task:
             raise InputError(
-                f"{type(last).__name__} gives one model per task: use transform(task_vectors, rules).expert(task), or "
-                "save them with save_compressed; or end the list with a rule that combines them"
+                f"{type(last).__name__} gives one model per task: write them with `adamerge compress`, or use "
+                "transform(task_vectors, rules).expert(task); or end the list with a rule that combines them"
             )
         if not last.sums:
             raise InputError(f"{type(last).__name__} does not combine the experts: end the list with a rule that does")

@@ -130,7 +130,7 @@ class ElectSign(PerTensor[Majority], Rule[Majority]):
 
     votes = True
     elementwise = True
-    passes = 0  # one, if there is an exact tie
+    passes = 1  # where sums cancel exactly, as some always do in half precision; else none
 
     def __init__(self, combine: Literal["sum", "mean"] = "sum") -> None:
         if combine not in ("sum", "mean"):

@@ -251,7 +251,7 @@ def test_learned_coefficients_of_a_ties_split(tv, base):
         ([TaskArithmetic(), ElectSign()], "TaskArithmetic combines the experts: put it last"),
         ([Rebase()], "Rebase does not combine the experts: end the list with a rule that does"),
         *(
-            ([rule], f"{type(rule).__name__} gives one model per task: use transform.*expert.* or save them")
+            ([rule], f"{type(rule).__name__} gives one model per task: write them with `adamerge compress`.*expert")
             for rule in (TallMask(), Emr(), OneBit(), ComPeft())
         ),
         ([Emr(), Trim(), Mean()], "Trim after Emr drops entries that have voted: put Trim before Emr"),
