@@ -30,9 +30,11 @@ lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time and memory of adaptation steps, routing, and a static merge of large experts (28 GB of disk)
+bench: $(STAMP)  ## time and memory of adaptation steps, routing, spectral rules and merges from files (28 GB of disk)
 	$(BIN)/python -m benchmarks.adaptation_step
 	$(BIN)/python -m benchmarks.compositions
+	$(BIN)/python -m benchmarks.spectral
+	$(BIN)/python -m benchmarks.regmean_memory
 	$(BIN)/python -m benchmarks.static_merge --parameters 2e9
 
 clean:  ## remove caches and build output; .venv/ and runs/ stay

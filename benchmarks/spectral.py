@@ -39,6 +39,7 @@ from adamerge.rules import (
 )
 
 K = 8
+STATUS = Path("/proc/self/status")
 #: By model: its width, blocks.
 MODELS = {"B/32": (768, 12), "L/14": (1024, 24)}
 #: By name: the rules, and how many decompositions of one expert's matrix they cannot avoid. Descents and turns are cut
@@ -79,15 +80,15 @@ def experts(shape: tuple[int, int], device: str) -> TaskVectors:
 
 def measure(step: Callable[[], object], device: str) -> tuple[float, float]:
     """Seconds of a call, and MB that it takes beyond what was there at its peak: nan where the system does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    tells = status.exists() and reset.exists()
+    reset = Path("/proc/self/clear_refs")
+    tells = STATUS.exists() and reset.exists()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     elif tells:
         reset.write_text("5")  # the peak is the present from here on
-        before = _resident(status, "VmRSS")
+        before = resident("VmRSS")
     start = time.perf_counter()
     step()
     if device == "cuda":
@@ -95,12 +96,12 @@ def measure(step: Callable[[], object], device: str) -> tuple[float, float]:
     took = time.perf_counter() - start
     if device == "cuda":
         return took, (torch.cuda.max_memory_allocated() - before) / 1e6
-    return took, (_resident(status, "VmHWM") - before) / 1e6 if tells else float("nan")
+    return took, (resident("VmHWM") - before) / 1e6 if tells else float("nan")
 
 
-def _resident(status: Path, what: str) -> int:
-    """Bytes."""
-    return int(re.findall(rf"{what}:\s+(\d+) kB", status.read_text())[0]) * 1024
+def resident(what: str) -> int:
+    """Bytes in memory, "VmRSS" now and "VmHWM" at the peak, as Linux counts them."""
+    return int(re.findall(rf"{what}:\s+(\d+) kB", STATUS.read_text())[0]) * 1024
 
 
 def measured(sizes: dict[tuple[int, int], int], rounds: int, device: str, names: Sequence[str]) -> Table:

@@ -100,6 +100,14 @@ class Geometry:
         count = len(self.tasks)
         return sum(math.comb(count, n) * min(n, count - n) for n in range(count + 1)) / (count * 2**count)
 
+    @property
+    def opposition(self) -> float:
+        """The share of movement against the sum where K unrelated experts change alike, normally: (1 − 1/√K) / 2.
+
+        Half of |x| where the sign of a sum is not that of its part x, which correlates with it by 1/√K.
+        """
+        return (1 - len(self.tasks) ** -0.5) / 2
+
 
 def correlations(gram: Tensor) -> Tensor:
     """Gᵢⱼ / √(Gᵢᵢ Gⱼⱼ) of [..., K, K]; 0 where an expert has no length."""

@@ -67,6 +67,7 @@ class Inspection:
         """Plain values, for JSON."""
         geometry = self.geometry
         share, weighted = against(geometry) if geometry.blocks else (0.0, 0.0)
+        unrelated = {"chance": geometry.chance, "weighted_chance": geometry.opposition}
         return {
             "tasks": geometry.tasks,
             "blocks": geometry.blocks,
@@ -77,7 +78,7 @@ class Inspection:
             "norm": _plain(geometry.norm),
             "norm_relative_to_base": _plain(geometry.relative),
             "reach_of_sum": _plain(geometry.reach),
-            "signs": {"minority": share, "chance": geometry.chance, "weighted": weighted},
+            "signs": {"minority": share, "weighted": weighted, **unrelated},
             "by_block": {
                 block: {
                     "cosine": _plain(geometry.cosines[b]),

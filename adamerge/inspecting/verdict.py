@@ -17,6 +17,9 @@ from adamerge.inspecting.spectra import Spectrum
 #: ‖τ‖ / ‖θ₀‖ from which experts are taken to come from elsewhere: two independent networks of equal norm differ by √2
 #: of it, fine-tuning as a rule moves a few hundredths.
 ELSEWHERE = 1.0
+#: ‖τ‖ / ‖θ₀‖ from which experts are far for fine-tuning: static merges of suite Mini's eight, 0.19 to 0.23 away, stay
+#: 14 points of accuracy below them or more.
+FAR = 0.1
 #: Cosine below which two experts fight: at −0.1 and equal norms, adding the one takes back a tenth of the other's way.
 FIGHT = -0.1
 #: A block's share of a pair's movement, Σ ‖τᵢ‖ ‖τⱼ‖, below which a fight in it is a footnote.
@@ -26,9 +29,9 @@ SMALL = 0.01
 ALIKE = 0.3
 #: Norms this many times another's: in the sum of two orthogonal task vectors, the larger then has 80 % of the energy.
 UNEVEN = 2.0
-#: Share of all movement that is against the sum's sign, from which electing signs is worth a trial: a quarter of it.
-#: Two experts that have nothing to do with each other and equal, evenly spread changes reach 0.15, many come near 0.5.
-CONFLICT = 0.25
+#: How many times the movement against the sum's sign of unrelated experts, from which electing signs is worth a trial:
+#: at 0.9 times, with eight experts of suite Mini, it costs accuracy.
+CONFLICT = 1.1
 #: Share of the energy that ⌊r / K⌋ directions must keep for experts to fit side by side in one matrix: at 0.9, the
 #: norm of what is cut off is below a third of the whole.
 LOW_RANK = 0.9
@@ -88,10 +91,13 @@ def _mergeable(geometry: Geometry) -> list[Finding]:
         low, high = (_percent(value) for value in (relative.min(), relative.max()))
         away = low if low == high else f"{low} to {high}"
         mean, least = pairs(geometry.cosine).mean(), pairs(geometry.cosine).min()
-        verdict = "With care" if float(least) < FIGHT else "Yes, as far as weights tell"
+        distant = float(relative.max()) >= FAR
+        verdict = "With care" if distant or float(least) < FIGHT else "Yes, as far as weights tell"
         said.append(
             f"{verdict}: the experts lie {away} of the base's norm away from it, and their mean cosine is {two(mean)}."
         )
+        if distant:
+            said.append("That is far for fine-tuning: expect a merge well below its experts, or tune them less.")
     reach = geometry.reach
     if len(tasks) > 1 and bool((reach < 0.5).any()):
         task = tasks[int(reach.argmin())]
@@ -139,7 +145,8 @@ def _signs(geometry: Geometry) -> list[Finding]:
     block = int(by_block.argmax())
     text = (
         f"{_percent(share)} of changed entries have the minority's sign (coins would give "
-        f"{_percent(geometry.chance)}); weighted by size, {_percent(weighted)} of all movement is against the sum, "
+        f"{_percent(geometry.chance)}); weighted by size, {_percent(weighted)} of all movement is against the sum "
+        f"({_percent(geometry.opposition)} where experts have nothing to do with each other), "
         f"{_percent(by_block[block])} in {geometry.blocks[block]}."
     )
     return [Finding("signs", text)]
@@ -181,13 +188,17 @@ def _worth_trying(geometry: Geometry, spectra: Sequence[Spectrum]) -> list[Findi
     if spectra:
         found.append(_spectral(spectra))
     weighted = against(geometry)[1]
-    if weighted >= CONFLICT:
-        text = f"Trim and ElectSign (TIES): {_percent(weighted)} of all movement is against the elected sign."
+    if weighted >= CONFLICT * geometry.opposition:
+        text = (
+            f"Trim and ElectSign (TIES): {_percent(weighted)} of all movement is against the elected sign, more than "
+            f"the {_percent(geometry.opposition)} of unrelated experts."
+        )
         found.append(Finding("try", text, ("Trim", "ElectSign")))
     if not found:
         text = f"TaskArithmetic: only {_percent(weighted)} of all movement is against the sum."
         found.append(Finding("try", text, ("TaskArithmetic",)))
-    return found
+    text = "RegMean(relative=True), given unlabelled examples of every task: they show which directions inputs take."
+    return [*found, Finding("try", text, ("RegMean",))]
 
 
 def _spectral(spectra: Sequence[Spectrum]) -> Finding:

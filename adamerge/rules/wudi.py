@@ -11,15 +11,14 @@ from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule
 
 def proxies(deltas: Tensor) -> tuple[Tensor, Tensor]:
     """A = Σₖ Gₖ [n, n] and B = Σₖ Δₖ Gₖ [m, n], Gₖ = ΔₖᵀΔₖ / |Δₖ|², of [K, m, n]; experts that are zero have no G."""
-    rows, columns = deltas.shape[1:]
-    left, right = deltas.new_zeros(columns, columns), torch.zeros_like(deltas[0])
+    left, right = deltas.new_zeros(deltas.shape[2], deltas.shape[2]), torch.zeros_like(deltas[0])
     for delta in deltas:
         norm = torch.linalg.vector_norm(delta)
         if norm > 0:
             unit = delta / norm
-            left.addmm_(unit.T, unit)
-            # Δ (ΔᵀΔ) by the product of the smaller side.
-            right.add_(delta @ (unit.T @ unit) if columns <= rows else (delta @ unit.T) @ unit)
+            gram = unit.T @ unit
+            left += gram
+            right += delta @ gram
     return left, right
 
 

@@ -50,7 +50,7 @@ def test_peace_is_said_with_the_lowest_cosine():
     tv = experts_along(0.2)
     assert said(tv, "mergeable").startswith("Yes, as far as weights tell")
     assert "No pair fights: the lowest cosine is 0.00 in a block (a and b in layers.1)" in said(tv, "fights")
-    assert suggested(tv) == [("TsvM",)]
+    assert suggested(tv) == [("TsvM",), ("RegMean",)]
 
 
 def test_a_fight_in_a_small_block_is_a_footnote():
@@ -62,7 +62,7 @@ def test_a_fight_in_a_small_block_is_a_footnote():
 
 def test_without_spectra_and_conflict_the_plain_sum_is_left():
     tv = experts_along(0.2)
-    assert [f.rules for f in findings(measure(tv), []) if f.topic == "try"] == [("TaskArithmetic",)]
+    assert [f.rules for f in findings(measure(tv), []) if f.topic == "try"] == [("TaskArithmetic",), ("RegMean",)]
 
 
 def test_experts_of_one_task_are_to_be_averaged():
@@ -73,6 +73,14 @@ def test_a_large_expert_gets_a_weight():
     tv = experts_along(0.1, norm=4.0)
     assert ("Linear",) in suggested(tv)
     assert "b has 4.0 × the norm of a" in said(tv, "try")
+
+
+def test_experts_that_went_far_are_merged_with_care():
+    near, far = (said(experts_along(0.2, far=far), "mergeable") for far in (0.05, 0.2))
+    assert "Yes, as far as weights tell" in near
+    assert "far for fine-tuning" not in near
+    assert "With care" in far
+    assert "far for fine-tuning" in far
 
 
 def test_other_initialisations_are_recognised():
@@ -89,7 +97,14 @@ def test_noise_without_low_rank_asks_for_other_rules():
     noise = [0.1 * torch.randn(40, 40, generator=generator) for _ in range(6)]
     experts = {f"t{k}": {"layers.0.weight": base["layers.0.weight"] + noise[k]} for k in range(6)}
     tv = TaskVectors.from_state_dicts(base, experts)
-    assert suggested(tv) == [("IsoC",), ("Trim", "ElectSign")]
+    assert suggested(tv) == [("IsoC",), ("RegMean",)]
+    geometry = measure(tv)
+    assert verdict.against(geometry)[1] == pytest.approx(geometry.opposition, abs=0.01)
+    assert geometry.opposition == pytest.approx((1 - 6**-0.5) / 2)
+    # Experts that take back a part of each other's way do not agree by chance alone.
+    opposed = {"one": noise[0], "other": 0.8 * noise[1] - 0.6 * noise[0]}
+    experts = {task: {"layers.0.weight": base["layers.0.weight"] + delta} for task, delta in opposed.items()}
+    assert ("Trim", "ElectSign") in suggested(TaskVectors.from_state_dicts(base, experts))
 
 
 @pytest.mark.filterwarnings("ignore:expert .* is identical to the base")
