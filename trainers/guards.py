@@ -15,6 +15,7 @@ from adamerge import InputError, criteria
 from adamerge.data import fetch
 from modules import Head
 from trainers.adaptation import Adaptation
+from trainers.duels import blind, duel
 from trainers.phases import ExpertOutputs
 from trainers.scoring import evaluating
 from trainers.seeding import generator
@@ -32,6 +33,7 @@ class Seen:
         scores: the criterion, mean over tasks, by step.
         start: the criterion by task at the first snapshot.
         best: what had been learned by the best step.
+        champion: that step, in a stream that passes once.
         left: what the run had learned when it ended with something else.
         counts: [C] predictions by class since the last look, by task.
         since: what is wrong, and the step since which it is.
@@ -47,10 +49,13 @@ class Seen:
     since: dict[str, int] = field(default_factory=dict)
     looked: int = 0
     stopped: bool = False
+    champion: int | None = None
 
     @property
     def best_step(self) -> int:
         """The step of the best snapshot; of equals, the first."""
+        if self.champion is not None:
+            return self.champion
         return max(self.scores, key=lambda step: (self.scores[step], -step))
 
 
@@ -61,6 +66,10 @@ class Guard(L.Callback):
     with `keep`, at the predictions for fixed images of the stream. What is wrong it says in a sentence, once until it
     ends. No label is needed for any of it. A resumed run ends as an undisturbed one; one that is made longer goes on
     from where it was, not from the snapshot that it ended with.
+
+    In a stream that passes once, or that does not tell tasks, it knows no image beforehand: with `keep`, every look
+    compares what has been learned with the best so far, on images that have come, and the run goes on with the better
+    of the two. Images of unknown tasks count for the task that the best so far takes them to be of.
 
     Args:
         every: steps between two looks.
@@ -98,7 +107,10 @@ class Guard(L.Callback):
 
     def describe(self) -> dict[str, Any]:
         """How it was set up, and the step of which it left the result, if it went back."""
-        return {**(settings(self) or {}), "ended_with_step": self.seen.best_step if self.seen.left else None}
+        return {
+            **(settings(self) or {}),
+            "ended_with_step": self.seen.best_step if self.seen.left else self.seen.champion,
+        }
 
     # -- while the run goes on -----------------------------------------------------------------------------------------
 
@@ -114,6 +126,10 @@ class Guard(L.Callback):
             self.seen.left = {}
         if self.seen.stopped:
             trainer.should_stop = True
+        if self.keep and blind(trainer):
+            if not self.seen.best:
+                self._duel(trainer, pl_module)
+            return
         if self.keep == "agreement":
             self._ask_experts(trainer, pl_module)
         if self.keep and not self.seen.scores:
@@ -132,6 +148,10 @@ class Guard(L.Callback):
         if not isinstance(pl_module, Adaptation) or not self.keep:
             return
         now = trainer.global_step
+        if blind(trainer):
+            if now != self.seen.looked:
+                self._duel(trainer, pl_module)
+            return
         if now not in self.seen.scores:
             self._snapshot(trainer, pl_module)
         if (step := self.seen.best_step) != now:
@@ -145,7 +165,9 @@ class Guard(L.Callback):
     def _look(self, trainer: L.Trainer, module: Adaptation) -> None:
         began, self.seen.looked = self.seen.looked, trainer.global_step
         wrong = {**self._one_class(trainer, module), **self._at_bounds(module)}
-        if self.keep:
+        if self.keep and blind(trainer):
+            self._duel(trainer, module)
+        elif self.keep:
             wrong |= self._fallen(self._snapshot(trainer, module))
         for what, sentence in wrong.items():
             if what not in self.seen.since:
@@ -195,6 +217,20 @@ class Guard(L.Callback):
         if self.seen.best_step == trainer.global_step:
             self.seen.best = _learned(module)
         return scores
+
+    def _duel(self, trainer: L.Trainer, module: Adaptation) -> None:
+        """Go on with the better of what has been learned and the best so far."""
+        now, step, best = _learned(module), trainer.global_step, self.seen.best
+        if step == 0:
+            self.seen.best, self.seen.champion = now, step
+            return
+        old, new = duel(trainer, module, best, now, self.images, self.keep == "agreement")
+        if new >= old:
+            self.seen.best, self.seen.champion = now, step
+            return
+        module.load_state_dict(best)
+        words = f"{self.keep} {old:.3f}, {new:.3f} at step {step}"
+        log.info("The run goes back to what it had learned by step %d: %s", self.seen.champion, words)
 
     def _ask_experts(self, trainer: L.Trainer, module: Adaptation) -> None:
         """Keep the experts' logits for the images that snapshots are compared on."""

@@ -171,14 +171,20 @@ class OrderedSteps(Steps):
         return batch
 
     def all_indices(self, task: str, start: int, end: int, per_step: int = 1) -> Tensor:
-        steps = range(start * per_step, min(end * per_step, self.count))
-        seen = [own for step in steps if (own := self.indices_of(step).get(task)) is not None]
-        return torch.cat(seen).unique() if seen else torch.empty(0, dtype=torch.int64)
+        first, last = start * per_step, min(end * per_step, self.count)
+        if task not in self.datasets or first >= last:
+            return torch.empty(0, dtype=torch.int64)
+        places = torch.arange(first * self.batch_size, self._end(last - 1))[self.shard[0] :: self.shard[1]]
+        own = self.task_of[places] == list(self.datasets).index(task)
+        return self.positions[places[own]].sort().values
 
     def _places(self, step: int) -> Tensor:
         """Places in the stream of a batch, over all processes."""
-        stop = len(self.task_of) if step == self.count - 1 else (step + 1) * self.batch_size
-        return torch.arange(step * self.batch_size, stop)
+        return torch.arange(step * self.batch_size, self._end(step))
+
+    def _end(self, step: int) -> int:
+        """The first place after a batch."""
+        return len(self.task_of) if step == self.count - 1 else (step + 1) * self.batch_size
 
 
 def arranged(datasets: Mapping[str, Dataset[Any]], order: Order, seed: int) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,8 @@ class Report(L.Callback):
             if self.scores and 0 not in self.accuracies:
                 self.accuracies[0] = self._score(trainer, pl_module, pl_module.scored)
                 self.attacks["start"] = self._score_attacks(trainer, pl_module)
-            self._snapshot(trainer, pl_module)
+            if not self.snapshots:  # a resumed run has its own already
+                self._snapshot(trainer, pl_module)
         self._since = time.monotonic()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:

@@ -108,3 +108,31 @@ def test_parts_that_every_step_moves_need_no_other_strategy():
     )
     module.trainer = trainer
     module.prepare_data()
+
+
+@pytest.mark.slow
+def test_two_processes_see_each_image_of_an_online_stream_once_and_learn_what_one_learns(tmp_path):
+    """69 images in batches of 6, the last of which has 3: two for one process, one for the other."""
+    data = {"batch_size": 6, "order": {"class_path": "trainers.Drifting"}}
+    router = {**ROUTER, "micro_batches": False}
+    runs = {
+        "one": {"devices": 1},
+        "two": {"devices": 2, "strategy": UNUSED},
+        "again": {"devices": 2, "strategy": UNUSED},
+    }
+    learned, counts = {}, {}
+    for name, trainer in runs.items():
+        done = fit(tmp_path, name, router, data, **{**trainer, "max_steps": 100})
+        assert done.returncode == 0, done.stderr[-2000:]
+        saved = torch.load(tmp_path / "runs" / name / "checkpoints/last.ckpt", weights_only=True)
+        learned[name] = saved["state_dict"]
+        online = next(state["online"] for key, state in saved["callbacks"].items() if key.startswith("Report"))
+        rows = [*online["counts"], *([] if online["open"] is None else [online["open"]])]
+        counts[name] = torch.stack(rows).sum(0)
+    assert counts["two"][0].tolist() == [23, 23, 23]
+    assert torch.equal(counts["two"], counts["again"])
+    for name, value in learned["two"].items():
+        assert torch.equal(value, learned["again"][name]), name
+        torch.testing.assert_close(
+            value, learned["one"][name], rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )

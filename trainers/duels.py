@@ -1,0 +1,85 @@
+"""Which of two snapshots of a run is the better one, by images that have come and no label."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from adamerge import criteria
+from adamerge.data import fetch
+from modules import Head
+from trainers.adaptation import Adaptation
+from trainers.finding import regrouped
+from trainers.phases import ExpertOutputs
+from trainers.scoring import evaluating
+from trainers.seeding import generator
+from trainers.streams import Stream
+
+State = Mapping[str, Tensor]
+
+
+def blind(trainer: L.Trainer) -> bool:
+    """Whether nobody knows beforehand which images come, or of which tasks they are."""
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    return isinstance(stream, Stream) and (stream.order is not None or not stream.task_known)
+
+
+@torch.no_grad()
+def duel(
+    trainer: L.Trainer, run: Adaptation, first: State, second: State, images: int, ask: bool
+) -> tuple[float, float]:
+    """The criterion, mean over tasks, of two snapshots: agreement with the experts, or information on the class.
+
+    Both see the same images, up to `images` of each task that came; those of unknown tasks count for the task that the
+    first snapshot takes them to be of, and for agreement the second has to find that task, too. The run is left with
+    the second.
+    """
+    run.load_state_dict(first)
+    with evaluating(run), trainer.precision_plugin.forward_context():
+        parts = _come(trainer, run, images)
+        experts = _ask(run, parts) if ask else {}
+        scores = []
+        for state in (first, second):
+            run.load_state_dict(state)
+            own = [
+                criteria.agreement(run.scored(part, task), experts[task])
+                if ask
+                else criteria.information(run(part, task))
+                for task, part in parts.items()
+            ]
+            scores.append(torch.stack(own).mean().nan_to_num())
+    both = cast(Tensor, trainer.strategy.reduce(torch.stack(scores).to(run.device), reduce_op="mean"))
+    return float(both[0]), float(both[1])
+
+
+def _come(trainer: L.Trainer, run: Adaptation, images: int) -> dict[str, Tensor]:
+    """Some of the images that came, by task, or by the task that is found."""
+    stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
+    steps, per_step = stream.steps(), trainer.accumulate_grad_batches
+    parts = {}
+    for task, dataset in steps.datasets.items():
+        came = steps.all_indices(task, 0, trainer.global_step, per_step)
+        if len(came):
+            rng = generator(stream.seed, "duel", task, trainer.global_step)
+            count = images if stream.task_known else images * len(steps.datasets)
+            index = came[torch.randperm(len(came), generator=rng)[:count]]
+            parts[task] = fetch(dataset, index)[0].to(run.device)
+        if not stream.task_known:  # every task has the images of all
+            return _by_found_task(run, parts[task])
+    return parts
+
+
+def _by_found_task(run: Adaptation, images: Tensor) -> dict[str, Tensor]:
+    found = torch.cat([run.identify(part) for part in images.split(250)])
+    return {task: part["images"] for task, part in regrouped(run, {"": {"images": images}}, {"": found}).items()}
+
+
+def _ask(run: Adaptation, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The experts' logits."""
+    experts, vectors, answers = ExpertOutputs(run.suite.backbone(), False, run.device), run.suite.task_vectors(), {}
+    for task, images in parts.items():
+        experts.load(vectors.expert(task))
+        answers[task] = Head(run.suite.head(task)).to(run.device)(experts(images)[0])
+    return answers
