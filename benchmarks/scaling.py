@@ -39,16 +39,21 @@ EXPERTS = (2, 4, 8, 16, 32, 64)
 ROOT = Path(__file__).parents[1]
 
 
-def in_turns(steps: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of each step, in turns, after a round that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def in_turns(
+    steps: dict[str, Callable[[], object]], device: str, repeats: int, processor: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Median seconds of each step, in turns, after a round that warms up; `processor` takes those of the processor."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     with kept():  # as a run does
         for repeat in range(repeats + 1):
             for name, step in steps.items():
+                busy = time.process_time()
                 elapsed = seconds(step, device)  # type: ignore[arg-type]
                 if repeat:
-                    times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+                    times[name].append((elapsed, time.process_time() - busy))
+    if processor is not None:
+        processor |= {name: statistics.median(busy for _, busy in values) for name, values in times.items()}
+    return {name: statistics.median(wall for wall, _ in values) for name, values in times.items()}
 
 
 def straightforward(bench: Bench, deltas: dict[str, Tensor]) -> Callable[[], None]:
@@ -80,9 +85,14 @@ def step(args: argparse.Namespace) -> dict[str, float]:
         IN_PARTS: bench.adaptation_step(model, args.images),
         NAIVE: straightforward(bench, deltas),
     }
-    times = in_turns(dict(steps), args.device, args.repeats)
-    ratios = {f"{name} / {TRAINING}": value / times[TRAINING] for name, value in times.items() if name != TRAINING}
-    return {**times, **ratios, f"{NAIVE} / {ADAPTATION}": times[NAIVE] / times[ADAPTATION]}
+    busy: dict[str, float] = {}
+    times = in_turns(dict(steps), args.device, args.repeats, busy)
+    found = dict(times)
+    for note, spent in (("", times), (", processor time", busy)):
+        ratios = {name: value / spent[TRAINING] for name, value in spent.items() if name != TRAINING}
+        found |= {f"{name} / {TRAINING}{note}": ratio for name, ratio in ratios.items()}
+        found[f"{NAIVE} / {ADAPTATION}{note}"] = spent[NAIVE] / spent[ADAPTATION]
+    return found
 
 
 def experts(args: argparse.Namespace) -> dict[str, float]:
