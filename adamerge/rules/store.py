@@ -51,9 +51,10 @@ class Store(Transform):
     def __call__(self, task_vectors: TaskVectors) -> TaskVectors:
         if self.place == "processes" and not (dist.is_available() and dist.is_initialized()):
             raise InputError("Store(place='processes') needs several: set trainer.devices and trainer.strategy=ddp")
-        return task_vectors.changed(lambda name, deltas: self._stored(deltas, meta(task_vectors.base, name), name))
+        return task_vectors.changed(lambda name, deltas: self.stored(name, deltas, meta(task_vectors.base, name)))
 
-    def _stored(self, deltas: AnyDeltas, like: Tensor, name: str) -> AnyDeltas:
+    def stored(self, name: str, deltas: AnyDeltas, like: Tensor) -> AnyDeltas:
+        """The new deltas of one tensor, whose base is like this one."""
         if not isinstance(deltas, Tensor) or kind(name, like) != "parameter" or not changed(deltas):
             return deltas
         if self.place == "processes":
