@@ -1,7 +1,7 @@
 """How a step grows with experts, parameters, images and processes: `python -m benchmarks.scaling_figures`.
 
 Every point is a process of its own: seconds of an AdaMerging step and of a training step on the same images (medians of
-three, in turns), and the adaptation's peak memory. Points go to `figures/scaling.json`, curves to `figures/*.svg`;
+three, in turns), and the adaptation's peak memory. Points go to `figures/scaling.json`, curves to `figures/*.png`;
 `--only` measures some of the axes again and keeps what is there of the others.
 """
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from matplotlib import pyplot as plt
 
 from adamerge import TaskVectors
+from adamerge.drawing import save, style
 from adamerge.rules import Store
 from benchmarks.adaptation_step import ADAPTATION, SIZES, TRAINING, Bench, peak_resident
 from benchmarks.scaling import in_turns
@@ -105,19 +106,20 @@ def measured(point: Point) -> dict[str, float]:
 
 def draw(axis: str, points: list[dict[str, Any]]) -> None:
     """Seconds on the left, memory on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     places = [point[axis] for point in points]
-    for name in (ADAPTATION, TRAINING):
-        left.plot(places, [point[name] for point in points], marker="o", label=name)
-    right.plot(places, [point["gigabytes"] for point in points], marker="o", label=ADAPTATION)
-    for axes, label in ((left, "seconds"), (right, "GB per process")):
-        axes.set(xlabel=axis, ylabel=label, xscale="log", xticks=places)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(places, [f"{place / 1e6:.0f} M" if place > 1e5 else str(place) for place in places], minor=False)
-        axes.minorticks_off()
-        axes.legend()
-    figure.savefig(FIGURES / f"{axis}.svg", metadata={"Date": None})
-    plt.close(figure)
+    names = [f"{place / 1e6:.0f} M" if axis == "parameters" else f"{place}" for place in places]
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+        for name in (ADAPTATION, TRAINING):
+            left.plot(places, [point[name] for point in points], marker="o", label=name)
+        right.plot(places, [point["gigabytes"] for point in points], marker="o", label=ADAPTATION)
+        for axes, label in ((left, "seconds"), (right, "GB per process")):
+            axes.set(xlabel=axis, ylabel=label, xscale="log", ylim=(0, None))
+            axes.set_xticks(places, names)
+            axes.minorticks_off()
+            axes.legend(frameon=False)
+        save(figure, FIGURES / f"{axis}.png")
+        plt.close(figure)
 
 
 def main() -> None:
