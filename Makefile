@@ -9,7 +9,7 @@ CODE := adamerge modules trainers tests benchmarks train.py
 PYTHONS := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11
 MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help install quickstart test test-all lint bench clean
+.PHONY: help install quickstart test test-all lint bench bench-gpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,10 +32,14 @@ lint: $(STAMP)  ## style, format and types
 
 bench: $(STAMP)  ## time and memory of adaptation steps, routing, spectral rules and merges from files (28 GB of disk)
 	$(BIN)/python -m benchmarks.adaptation_step
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.compositions
 	$(BIN)/python -m benchmarks.spectral
 	$(BIN)/python -m benchmarks.regmean_memory
 	$(BIN)/python -m benchmarks.static_merge --parameters 2e9
+
+bench-gpu: $(STAMP)  ## the tests for a GPU, and time and memory there; says so where there is none
+	$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove caches and build output; .venv/ and runs/ stay
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -109,6 +109,7 @@ def _add(out, partial, firsts, experts: tl.constexpr, chunk: tl.constexpr):
 class _Tables:
     """Where R tensors are and how they are cut into T tiles; [R], but for `owners`, `offsets` [T], `firsts` [R + 1]."""
 
+    rooms: list[int]
     bases: Tensor
     deltas: Tensor
     halves: Tensor
@@ -117,7 +118,6 @@ class _Tables:
     owners: Tensor
     offsets: Tensor
     firsts: Tensor
-    rooms: list[int]
 
 
 @lru_cache(maxsize=4)
@@ -131,7 +131,7 @@ def _tables(places: tuple[tuple[int, int, bool, int], ...], device: torch.device
     rooms = -(-sizes // ALIGN) * ALIGN
     starts = rooms.cumsum(0) - rooms
     columns = (bases, deltas, halves.to(torch.int32), sizes, starts, owners, offsets, firsts)
-    return _Tables(*(column.to(device) for column in columns), rooms.tolist())
+    return _Tables(rooms.tolist(), *(column.to(device) for column in columns))
 
 
 def _values(deltas: AnyDeltas) -> Tensor | None:

@@ -168,5 +168,5 @@ def in_file(tensor: Tensor, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix="deltas-") as file:
         file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape)

@@ -1,6 +1,7 @@
 """What merging adds to a step, to memory, to evaluation and to starting up: `python -m benchmarks.scaling`.
 
-Each figure is a ratio to something measured in the same run, in turns. `--only` names the parts to measure:
+Each figure is a ratio to something measured in the same run, in turns. On a GPU, steps run in bfloat16 autocast. What
+`--only` names is measured:
 
 - step: a layer-wise AdaMerging step, an ordinary training step on the same images, and a straightforward
   implementation (weights are a sum of products that autograd sees; one forward and one backward pass per task);
@@ -39,16 +40,22 @@ EXPERTS = (2, 4, 8, 16, 32, 64)
 ROOT = Path(__file__).parents[1]
 
 
-def in_turns(steps: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of each step, in turns, after a round that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def in_turns(
+    steps: dict[str, Callable[[], object]], device: str, repeats: int, processor: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Median seconds of each step, in turns, after a round that warms up; `processor` takes those of the processor."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     with kept():  # as a run does
         for repeat in range(repeats + 1):
             for name, step in steps.items():
-                elapsed = seconds(step, device)  # type: ignore[arg-type]
+                busy = time.process_time()
+                with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+                    elapsed = seconds(step, device)  # type: ignore[arg-type]
                 if repeat:
-                    times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+                    times[name].append((elapsed, time.process_time() - busy))
+    if processor is not None:
+        processor |= {name: statistics.median(busy for _, busy in values) for name, values in times.items()}
+    return {name: statistics.median(wall for wall, _ in values) for name, values in times.items()}
 
 
 def straightforward(bench: Bench, deltas: dict[str, Tensor]) -> Callable[[], None]:
@@ -72,7 +79,7 @@ def straightforward(bench: Bench, deltas: dict[str, Tensor]) -> Callable[[], Non
 def step(args: argparse.Namespace) -> dict[str, float]:
     """Ratios of the adaptation step to a training step and to a straightforward one."""
     bench = Bench(args.size, args.experts, args.images, args.device)
-    model = bench.merged()
+    model = bench.merged(ADAPTATION)
     deltas = {name: delta for name in model.coefficients.rows if isinstance(delta := model.delta(name), Tensor)}
     steps = {
         TRAINING: bench.training_step(),
@@ -80,9 +87,14 @@ def step(args: argparse.Namespace) -> dict[str, float]:
         IN_PARTS: bench.adaptation_step(model, args.images),
         NAIVE: straightforward(bench, deltas),
     }
-    times = in_turns(dict(steps), args.device, args.repeats)
-    ratios = {f"{name} / {TRAINING}": value / times[TRAINING] for name, value in times.items() if name != TRAINING}
-    return {**times, **ratios, f"{NAIVE} / {ADAPTATION}": times[NAIVE] / times[ADAPTATION]}
+    busy: dict[str, float] = {}
+    times = in_turns(dict(steps), args.device, args.repeats, busy)
+    found = dict(times)
+    for note, spent in (("", times), (", processor time", busy)):
+        ratios = {name: value / spent[TRAINING] for name, value in spent.items() if name != TRAINING}
+        found |= {f"{name} / {TRAINING}{note}": ratio for name, ratio in ratios.items()}
+        found[f"{NAIVE} / {ADAPTATION}{note}"] = spent[NAIVE] / spent[ADAPTATION]
+    return found
 
 
 def experts(args: argparse.Namespace) -> dict[str, float]:
@@ -91,7 +103,7 @@ def experts(args: argparse.Namespace) -> dict[str, float]:
     for count in EXPERTS:
         bench = Bench("small", count, 1, args.device)
         bench.images = bench.images[:1].repeat(2, 1, 1, 1, 1)  # two images, however many experts
-        model = bench.merged()
+        model = bench.merged(ADAPTATION)
         deltas = [delta for name in model.coefficients.rows if isinstance(delta := model.delta(name), Tensor)]
         steps = {"step": bench.adaptation_step(model, 0), "read": lambda deltas=deltas: [d.sum() for d in deltas]}
         times = in_turns(steps, args.device, 5 * args.repeats)
@@ -121,7 +133,7 @@ def _memory(size: str, count: int, images: int, device: str, queue: "Queue[dict[
 
     parts = {"libraries": peak()}
     bench = Bench(size, count, images, device)
-    model = bench.merged()
+    model = bench.merged(ADAPTATION)
     weights = sum(value.nbytes for value in bench.tower.state_dict().values()) / 1e9
     bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
     parts |= {"weights": weights, "images": bench.images.nbytes / 1e9, "merged weights": weights, "gradients": weights}
@@ -152,15 +164,16 @@ def activations(model: nn.Module, images: Tensor) -> int:
     return total
 
 
-@torch.no_grad()
 def evaluation(args: argparse.Namespace) -> dict[str, float]:
     """Throughput of a merge in inference over that of the plain model."""
     bench = Bench(args.size, args.experts, args.images, args.device)
-    model, images = bench.merged(), bench.images.flatten(0, 1)[:64]
-    steps = {"plain": lambda: bench.tower(images), "merge": lambda: model(images)}
-    times = in_turns(dict(steps), args.device, 3 * args.repeats)
-    return {**{f"{name}, images/s": len(images) / value for name, value in times.items()},
-            "ratio": times["plain"] / times["merge"]}  # fmt: skip
+    model, bench.images = bench.merged(ADAPTATION), bench.images[: args.experts // 2]
+    times = in_turns(
+        {"plain": bench.inference(bench.tower), "merge": bench.inference(model)}, args.device, 2 * args.repeats
+    )
+    count = bench.images.flatten(0, 1).shape[0]
+    speeds = {f"{name}, images/s": count / value for name, value in times.items()}
+    return {**speeds, "ratio": times["plain"] / times["merge"]}
 
 
 class FirstStep(L.Callback):

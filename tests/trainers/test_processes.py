@@ -39,6 +39,7 @@ SURGERY = {
     ],
 }
 TINT = {"learn": ["coefficients", "heads"], "objective": objective("PseudoLabels")}
+APART = [{"class_path": "adamerge.rules.Store", "init_args": {"dtype": "same", "place": "processes"}}]
 UNUSED = "ddp_find_unused_parameters_true"
 
 
@@ -67,9 +68,21 @@ def fit(folder: Path, name: str, method: dict, data: dict, **trainer) -> subproc
     ],
 )
 def test_two_processes_learn_what_one_learns(tmp_path, method, data, strategy):
+    compare(tmp_path, method, method, data, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [False, True], ids=["together", "micro-batches"])
+def test_two_processes_that_share_out_the_deltas_learn_what_one_learns(tmp_path, micro_batches):
+    method = {"objective": objective("Entropy"), "micro_batches": micro_batches}
+    compare(tmp_path, method, {**method, "transforms": APART}, {}, "ddp")
+
+
+def compare(tmp_path: Path, alone: dict, method: dict, data: dict, strategy: str) -> None:
     results = {}
-    for name, trainer in {"one": {"devices": 1}, "two": {"devices": 2, "strategy": strategy}}.items():
-        done = fit(tmp_path, name, method, data, **trainer)
+    runs = {"one": (alone, {"devices": 1}), "two": (method, {"devices": 2, "strategy": strategy})}
+    for name, (settings, trainer) in runs.items():
+        done = fit(tmp_path, name, settings, data, **trainer)
         assert done.returncode == 0, done.stderr[-2000:]
         run = tmp_path / "runs" / name
         learned = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
