@@ -162,7 +162,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     for key, why in _REFUSED.items():
         if config.get(key):
             raise InputError(f"adapter {folder} has {key}: {why}; {merge}")
-    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+    if all((start := config.get("init_lora_weights")) != plain for plain in _PLAIN_STARTS):
         raise InputError(f"adapter {folder}: init_lora_weights={start!r} changes the base's weights as well; {merge}")
     return config
 
@@ -195,8 +195,12 @@ def _places(
             raise InputError(f"adapter {folder}: {module} has lora_{min(keys)} alone; download or save it again")
         rank = _matching(config, "rank_pattern", module, config.get("r", 8))
         alpha = _matching(config, "alpha_pattern", module, config.get("lora_alpha", 8))
-        if (own := meta(tensors, keys["A"]).shape[0]) != rank:
+        if (own := next(iter(meta(tensors, keys["A"]).shape), None)) != rank:
             raise InputError(f"adapter {folder}: {module} has rank {own}, {CONFIG} says {rank}; save it again")
+        if rank <= 0:
+            raise InputError(
+                f"adapter {folder}: {module} has rank {rank}, with which nothing is adapted; save it again"
+            )
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         pairs[f"{module}.weight"] = _Pair(keys["A"], keys["B"], scale, bool(config.get("fan_in_fan_out")))
     if not pairs:
@@ -207,12 +211,18 @@ def _places(
 def _matching(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
     """The entry of a pattern that matches the end of a module's name; the first, as in peft."""
     patterns = config.get(key) or {}
-    return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+    try:
+        found = next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
+        if isinstance(found, int | float) and math.isfinite(found):
+            return found
+    except (re.error, AttributeError, RecursionError, OverflowError):
+        pass
+    raise InputError(f"{CONFIG}: {key}, r or lora_alpha is no number for {module}: download or save it again")
 
 
 def _check_shapes(folder: Path, name: str, shape: torch.Size, pair: _Pair, tensors: Mapping[str, Tensor]) -> None:
     a, b = (meta(tensors, key).shape for key in (pair.a, pair.b))
-    made = [b[0], *a[1:]] if len(a) == len(b) and b[1] == a[0] else None
+    made = [b[0], *a[1:]] if len(a) == len(b) >= 2 and b[1] == a[0] else None
     if list(shape) != (made[::-1] if made and pair.transposed else made):
         transposed = " (fan_in_fan_out)" if pair.transposed else ""
         raise InputError(

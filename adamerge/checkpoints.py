@@ -7,7 +7,6 @@
 - a Hub id such as `openai/clip-vit-base-patch32`, downloaded once into the Hub's own cache.
 """
 
-import json
 import pickle
 import re
 import zipfile
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.plain_files import read_json
 from adamerge.tensor_files import SafetensorsState, names_in
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+_LONGEST = 255  # characters of a file's name
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 #: L [m, r] and R [r, n]: a change L R of a tensor [m, …] with n elements a row.
@@ -150,15 +151,15 @@ def _open_folder(folder: Path) -> Mapping[str, Tensor]:
 
 def _open_sharded(index: Path) -> Mapping[str, Tensor]:
     try:
-        files = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = read_json(index)["weight_map"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{index} is not an index of shards: {error!r}") from error
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     for file in sorted(set(files.values())):
         if file != Path(file).name:  # an index must not lead outside its folder
             raise InputError(f"{index}: shard {file!r} is not a plain file name")
-        if not (index.parent / file).is_file():
+        if len(file) > _LONGEST or not (index.parent / file).is_file():
             raise InputError(f"{index}: shard {file} is missing")
     shards = {file: _open(index.parent / file) for file in set(files.values())}
     for name, file in files.items():
@@ -171,6 +172,7 @@ def _open_sharded(index: Path) -> Mapping[str, Tensor]:
 
 def load_torch(path: Path) -> dict[str, Any]:
     """A torch file of tensors and plain values; InputError, with what to do, for a pickle or a truncated file."""
+    _check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -188,13 +190,37 @@ def load_torch(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def _check_archive(path: Path) -> None:
+    """Raise InputError for an archive whose parts are more than the file has: torch compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # broken bytes can raise anything
+        raise InputError(f"{path} cannot be read; it may be truncated ({type(error).__name__})") from error
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise InputError(f"{path} cannot be read: it claims to hold more than it does, as no file of torch does")
+
+
+def _check_tensor(tensor: Tensor, name: str, path: Path) -> None:
+    """Raise InputError for a tensor without all of its numbers in the file: it would take memory once it is used."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise InputError(f"{path}: {name} is sparse, quantised or empty-handed; expected plain tensors")
+    if tensor.nbytes > path.stat().st_size:
+        raise InputError(f"{path}: {name} claims {tensor.nbytes} bytes, more than the file has")
+
+
 def _state_dict_of(loaded: dict[str, Any], path: Path) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded)
     if not isinstance(state, dict):
         raise InputError(f"{path}: state_dict is a {type(state).__name__}; expected a dict of tensors")
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor) or not isinstance(name, str)]
     if odd or not state:
-        raise InputError(f"{path} is not a state dict: {odd[0]!r} is no tensor" if odd else f"{path} holds no tensor")
+        what = odd[0] if odd and isinstance(odd[0], str) else "an entry"
+        raise InputError(f"{path} is not a state dict: {what!r} is no tensor" if odd else f"{path} holds no tensor")
+    for name, tensor in state.items():
+        _check_tensor(tensor, name, path)
     return state
 
 

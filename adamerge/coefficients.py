@@ -11,6 +11,7 @@ import torch
 
 from adamerge.errors import InputError
 from adamerge.files import write_text
+from adamerge.plain_files import read_json
 
 FORMAT = "adamerge-coefficients-1"
 
@@ -62,14 +63,17 @@ def write_coefficients(table: CoefficientTable, path: str | Path) -> None:
 def read_coefficients(path: str | Path) -> CoefficientTable:
     """Read what `write_coefficients` wrote. Raises InputError for a file of another kind."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_json(Path(path))
         if data["format"] != FORMAT:
-            raise InputError(f"{path}: format {data['format']!r}, expected {FORMAT!r}")
+            raise InputError(f"format {str(data['format'])[:40]!r}, expected {FORMAT!r}")
         rows = {name: {task: _value(v) for task, v in row.items()} for name, row in data["coefficients"].items()}
-        return CoefficientTable(rows, data["fingerprints"])
+        fingerprints = {str(name): str(digest) for name, digest in data["fingerprints"].items()}
+        return CoefficientTable(rows, fingerprints)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise InputError(f"no such file of coefficients: {path}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a file of coefficients: {error}") from error
 
 

@@ -17,6 +17,7 @@ from adamerge.deltas import AnyDeltas, Deltas, LowRank, Sparse
 from adamerge.errors import InputError
 from adamerge.files import replacing
 from adamerge.packed import Packed
+from adamerge.plain_files import parse_json
 from adamerge.stored import Stored
 from adamerge.task_vectors import State, TaskVectors
 from adamerge.tensor_files import SafetensorsState
@@ -24,6 +25,7 @@ from adamerge.tensor_files import SafetensorsState
 #: The entry of a file's metadata that says what its tensors are.
 ENTRY = "adamerge.compressed"
 _FORMS: dict[str, Callable[..., Deltas]] = {form.__name__: form for form in (LowRank, Packed, Sparse, Stored)}
+_KINDS = {"tasks": list, "tied": dict, "fingerprints": dict, "base": str, "forms": dict}
 
 
 @torch.no_grad()
@@ -82,12 +84,20 @@ def open_compressed(path: str | Path, base: State | str | Path) -> TaskVectors:
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in entry["forms"]}
     for key in tensors:
         name, _, part = key.rpartition("|")
-        parts[name][part] = tensors[key]
+        parts.setdefault(name, {})[part] = tensors[key]
+    if odd := sorted(parts.keys() - set(state)):
+        raise _damaged(path, f"the base has no {odd[0]}")
     deltas: dict[str, AnyDeltas] = {}
     for name in state:
         like = meta(state, name)
         if name in parts:
-            deltas[name] = _whole(parts[name], entry["forms"][name])
+            try:
+                deltas[name] = _whole(parts[name], entry["forms"][name])
+                shape = list(deltas[name].shape)
+            except Exception as error:  # parts that do not fit together can raise anything
+                raise _damaged(path, f"{name} cannot be put together ({type(error).__name__}: {error})") from error
+            if shape != [len(tasks), *like.shape]:
+                raise _damaged(path, f"{name} is of shape {shape}, expected {[len(tasks), *like.shape]}")
         elif like.is_floating_point() and name not in tied:
             dtype = torch.promote_types(torch.float32, like.dtype)
             deltas[name] = torch.zeros((), dtype=dtype).expand(len(tasks), *like.shape)
@@ -125,5 +135,16 @@ def _entry(path: str | Path) -> dict[str, Any]:
             found = file.metadata() or {}
     if ENTRY not in found:
         raise InputError(f"{path} holds no compressed experts: it was not written by save_compressed")
-    entry: dict[str, Any] = json.loads(found[ENTRY])
-    return entry
+    try:
+        entry = parse_json(found[ENTRY])
+        whole = isinstance(entry, dict) and all(isinstance(entry[key], kind) for key, kind in _KINDS.items())
+        texts = [*entry["tasks"], *entry["tied"].items(), *entry["fingerprints"].items()] if whole else [None]
+    except (ValueError, LookupError) as error:
+        raise _damaged(path, "what it says of its tensors cannot be read") from error
+    if not all(isinstance(text, str) or (isinstance(text, tuple) and isinstance(text[1], str)) for text in texts):
+        raise _damaged(path, "what it says of its tensors is of other kinds")
+    return entry  # type: ignore[no-any-return]
+
+
+def _damaged(path: str | Path, why: str) -> InputError:
+    return InputError(f"{path} holds no compressed experts that are whole: {why}")

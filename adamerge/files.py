@@ -91,7 +91,7 @@ def json_file(path: Path) -> Any:
     """What a JSON file says, or None where there is none that is whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

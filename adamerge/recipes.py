@@ -12,6 +12,7 @@ from adamerge.adapters import is_adapter, open_expert
 from adamerge.checkpoints import hub_folder, open_state
 from adamerge.errors import InputError
 from adamerge.merge import Step
+from adamerge.plain_files import guard_yaml
 from adamerge.rule_specs import build, build_rules, did_you_mean
 from adamerge.scales import Scale
 from adamerge.task_vectors import BASE, TaskVectors
@@ -94,7 +95,9 @@ def read(path: Path) -> Job:
             path, an expert.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        guard_yaml(text)
+        values = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from adamerge import rules
 from adamerge.errors import InputError
 from adamerge.merge import Step
+from adamerge.plain_files import check_classes
 from adamerge.rules import Correction, Rule, Transform
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:
     for key, parameter in inspect.signature(cls).parameters.items():
         if key in arguments and arguments[key] is None and parameter.default is not None:
             raise InputError(f"{what}: {key!r} has no value; give one, or leave it out")
+    check_classes(dict(arguments))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "it")
     try:

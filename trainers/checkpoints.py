@@ -29,7 +29,10 @@ def check_entry(saved: Mapping[str, Any] | None, run: "Adaptation") -> None:
     if saved is None:
         raise InputError("this checkpoint was not written by an adaptation run")
     own = entry(run)
-    _check_fingerprints(saved["fingerprints"], own["fingerprints"])
+    prints = saved.get("fingerprints") if isinstance(saved, Mapping) else None
+    if not isinstance(prints, Mapping) or not all(isinstance(text, str) for text in (*prints, *prints.values())):
+        raise InputError("this checkpoint is damaged: it does not say what it was learned on")
+    _check_fingerprints(prints, own["fingerprints"])
     for key, words in {"tasks": "tasks", "rows": "coefficient rows", "transforms": "transforms"}.items():
         theirs, ours = saved.get(key, []), own[key]
         if theirs != ours:

@@ -5,11 +5,13 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,6 +22,7 @@ from rich.table import Table
 from adamerge import InputError
 from adamerge.checkpoints import load_torch
 from adamerge.files import write_text
+from adamerge.plain_files import check_classes, guard_yaml
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.progress import Progress
@@ -30,6 +33,8 @@ from trainers.saving import Checkpoint, WholeFiles, requeued
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 
 
+_YAML = get_loader("yaml")
+_IN_EVERY_CHECKPOINT = ("state_dict", "global_step", "loops", "callbacks")
 _OF_ONE_CALL = ("ckpt_path", "weights_only")
 
 
@@ -100,6 +105,7 @@ class CLI(LightningCLI):
         """A checkpoint restores what was learned; the configuration is the one given, so that folders may move."""
 
     def instantiate_classes(self) -> None:
+        check_classes(self.config)
         super().instantiate_classes()
         spec = self.config_dump["model"]
         self.model.save_hyperparameters(
@@ -134,7 +140,9 @@ class CLI(LightningCLI):
         if where and where not in ("last", "best", "hpc", "registry"):
             if not Path(where).is_file():
                 raise InputError(f"no such checkpoint: {where}")
-            load_torch(Path(where))
+            checkpoint = load_torch(Path(where))
+            if missing := [key for key in _IN_EVERY_CHECKPOINT if key not in checkpoint]:
+                raise InputError(f"{where} is no checkpoint of a run: it has no {missing[0]}")
         if self.subcommand == "fit" and self.trainer.max_steps < 1 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"trainer.max_steps is {self.trainer.max_steps}; a stream has no end: give a positive number"
@@ -160,6 +168,7 @@ class CLI(LightningCLI):
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends in a sentence on stderr and exit code 2."""
     _set_up_output()
+    set_loader("yaml", partial(_load_yaml, load=_YAML))
     sys.path.insert(0, os.getcwd())  # so that class_path finds a user's own module
     try:
         CLI(
@@ -187,6 +196,12 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process says it for all
             sys.stderr.write(f"error: {sentence(error)}\n")
         raise SystemExit(2) from None
+
+
+def _load_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    if "*" in text or len(text) > 1000:  # short values without aliases, of which there are many, are as they look
+        guard_yaml(text)
+    return load(text)
 
 
 def sentence(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from adamerge.files import write_text
 from trainers.cli import BASE
+from trainers.results import whole_results
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 STOPPED = "stopped before it ended"
@@ -72,8 +73,7 @@ class Run:
         record, path = self.record(), self.folder / "results.json"
         if record is None or record.error not in (None, STOPPED) or not path.is_file():
             return None
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return results
+        return whole_results(path)
 
     def start(self) -> Record:
         """Make the folder ready: go on with an attempt of the same configuration, move anything else aside."""

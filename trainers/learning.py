@@ -11,8 +11,12 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from adamerge import InputError
 from adamerge.checkpoints import load_torch
+from adamerge.plain_files import check_classes
 from trainers.phases import PARTS, Phase
 from trainers.scoring import ScoredModule
+
+#: What builds a module from a checkpoint's arguments: of a function's name that a checkpoint brings, nothing is called.
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 class LearningModule(ScoredModule):
@@ -64,12 +68,14 @@ class LearningModule(ScoredModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load learned tensors. Raises InputError for others."""
         own, wrong = self._stored(), "these are not the learned tensors of this run"
-        if strict and (odd := sorted(own.keys() ^ state_dict.keys())):
+        if strict and (odd := sorted(map(str, own.keys() ^ state_dict.keys()))):
             raise InputError(f"{wrong}; they differ in {odd}")
         for name, value in state_dict.items():
-            if name in own and own[name].shape != value.shape:
-                shapes = f"{list(value.shape)} in the checkpoint, {list(own[name].shape)} here"
+            if name in own and own[name].shape != getattr(value, "shape", None):
+                shapes = f"{list(getattr(value, 'shape', []))} in the checkpoint, {list(own[name].shape)} here"
                 raise InputError(f"{wrong}; {name} is {shapes}")
+            if name in own and not bool(torch.as_tensor(value).isfinite().all()):
+                raise InputError(f"{wrong}; {name} is not finite")
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return _IncompatibleKeys([], [])
 
@@ -83,12 +89,25 @@ class LearningModule(ScoredModule):
             raise InputError(f"no such checkpoint: {path}")
         checkpoint = load_torch(Path(path))
         self.configure_model()
-        self.on_load_checkpoint(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"])
+        try:
+            self.on_load_checkpoint(checkpoint)
+            state = checkpoint.get("state_dict")
+            if not isinstance(state, dict):
+                raise InputError("it holds nothing that was learned")
+            self.load_state_dict(state)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except Exception as error:  # what others wrote into it can raise anything
+            raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         return self
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """As Lightning's, of tensors and plain values only. Raises InputError for a broken file or a pickle."""
-        load_torch(Path(checkpoint_path))
+        checkpoint = load_torch(Path(checkpoint_path))
+        given = checkpoint.get("hyper_parameters", {})
+        known = isinstance(given, dict) and given.get("_instantiator") in (None, _INSTANTIATOR)
+        if not known or not isinstance(checkpoint.get("state_dict"), dict):
+            raise InputError(f"{checkpoint_path} was not written by a run of this project, or is damaged")
+        check_classes(given)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})

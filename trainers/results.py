@@ -1,6 +1,7 @@
 """Results of a run as JSON, Markdown and a table on the terminal."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from adamerge.files import write_text
+from adamerge.files import json_file, write_text
 from trainers.evaluation import ORACLE, Accuracy, average
 
 
@@ -69,6 +70,27 @@ class Results:
             numbers = [*(row.get(task) for task in self.tasks), average(row), self.normalised(method)]
             cells.append([method, *("" if number is None else f"{100 * number:.1f}" for number in numbers)])
         return cells
+
+
+def whole_results(path: Path) -> dict[str, Any] | None:
+    """What a `results.json` says; none where it is not there or not as `Results.write` leaves it."""
+    data = json_file(path)
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        return None
+    for row in rows:
+        scores = row.get("accuracy") if isinstance(row, dict) else None
+        if not isinstance(scores, dict) or not scores or not isinstance(row.get("method"), str):
+            return None
+        if not all(_is_number(value) for value in (*scores.values(), row.get("average"))):
+            return None
+        if not (row.get("normalised") is None or _is_number(row["normalised"])):
+            return None
+    return data
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from adamerge import InputError
 from adamerge.files import write_text
+from adamerge.plain_files import check_classes
 from adamerge.suites import Suite
 from trainers import cli
 from trainers.compare_runs import TRAIN, Record, Run, execute, reason, wait
@@ -127,6 +128,7 @@ def _suite_of(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _build(spec: Mapping[str, Any]) -> Suite:
     parser = ArgumentParser(exit_on_error=False)
+    check_classes(spec)
     parser.add_subclass_arguments(Suite, "suite")
     suite: Suite = parser.instantiate(parser.parse_object({"suite": dict(spec)})).suite
     return suite

@@ -11,6 +11,7 @@ from jsonargparse import get_loader
 from adamerge.errors import InputError
 from adamerge.mergekit.methods import METHODS
 from adamerge.mergekit.settings import Condition, Parameters, Setting, Settings, Slice, Source
+from adamerge.plain_files import guard_yaml
 
 _KEYS = {
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -39,6 +40,7 @@ def parse(path: str | Path) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     try:
+        guard_yaml(text)
         loaded = get_loader("yaml")(text)
     except Exception as error:  # whatever the parser of YAML raises
         raise InputError(f"{path} is not one YAML document: {error}") from error

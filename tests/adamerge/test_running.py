@@ -5,8 +5,11 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -177,6 +180,37 @@ def test_a_killed_merge_goes_on_where_it_stopped(models, tmp_path, monkeypatch, 
     assert same(weights(out), in_memory(models))
     everything = len(in_memory(models))
     assert len(computed) < everything if after >= 25 else len(computed) <= everything
+
+
+def merged(models: Path, out: Path, seconds: float) -> None:
+    """In a process of its own, which the system ends as `kill -9` does when it has computed for so long."""
+    task_vectors.PIECE = 500
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    run(recipe(models), out, quiet())
+    out.with_suffix(".seconds").write_text(str(time.process_time()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts a process's time")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_merge_killed_at_any_moment_goes_on(models, tmp_path, points):
+    def ended(out: Path, seconds: float = 0.0) -> int:
+        process = multiprocessing.get_context("fork").Process(target=merged, args=(models, out, seconds))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert ended(tmp_path / "whole") == 0
+    seconds, drawn = float((tmp_path / "whole.seconds").read_text()), random.Random(points)
+    for point in range(points):
+        out = tmp_path / f"killed{point}"
+        code = ended(out, drawn.uniform(0, 1) * seconds)
+        assert code in (0, -signal.SIGPROF)
+        assert out.exists() == (code == 0) or same(weights(out), in_memory(models)), (
+            "whole under its own name, or not there"
+        )
+        assert out.exists() or ended(out) == 0
+        assert same(weights(out), in_memory(models))
 
 
 @pytest.mark.parametrize("change", ["recipe", "files"])

@@ -19,7 +19,9 @@ import yaml
 
 from adamerge.checkpoints import load_torch
 from adamerge.coefficients import read_coefficients
+from trainers import compare, compare_runs
 from trainers.cli import main
+from trainers.compare_runs import die_with
 
 HERE = Path(__file__).parent
 STEPS = 24
@@ -125,6 +127,7 @@ def test_a_run_killed_at_any_moment_ends_where_an_undisturbed_one_does():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_run_killed_at_any_of_20_moments_ends_where_an_undisturbed_one_does():
     assert killed_at_random(20, seed=1) == [True] * 20
 
@@ -180,3 +183,67 @@ def test_a_full_disk_is_named_and_what_was_there_is_whole(capfd):
     check_whole(Path("runs/full"))
     assert load_torch(Path("runs/full/checkpoints/last.ckpt"))["global_step"] == before
     assert not list(Path("runs/full").rglob("*.tmp"))
+
+
+# -- a comparison that is killed ---------------------------------------------------------------------------------------
+
+
+def compared(output: str, seconds: float = 0.0) -> None:
+    """A comparison of two methods whose runs are children of its own process; all of it is killed after so long."""
+
+    def wait(command: list[str], log: Path) -> tuple[int, float]:
+        parent = os.getpid()
+
+        def run() -> None:
+            die_with(parent)
+            main(command[2:])
+
+        made = child(run)
+        made.join()
+        return made.exitcode, 0.1
+
+    compare_runs.wait = wait
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    methods = ["--methods", "tensor.yaml", "task_wise.yaml", "--seeds=0"]
+    more = ["--report.figures=false", "--report.references=false"]
+    compare.main(["--suite=suite.yaml", "--config=common.yaml", *methods, f"--output={output}", "--", *more])
+
+
+def compared_at_random(points: int, seed: int) -> list[bool]:
+    """Whether each of so many comparisons, killed at a random moment and begun again, found what a whole one did."""
+    texts = {
+        "suite": "model: {init_args: {suite: {class_path: tiny_suite.TinySuite}}}\n",
+        "common": "data: {init_args: {batch_size: 4}}\ntrainer: {accelerator: cpu, max_steps: 12}\n",
+        "tensor": "model: {init_args: {coefficients: {init_args: {grain: tensor}}}}\n",
+        "task_wise": "model: {init_args: {coefficients: {init_args: {grain: model}}}}\n",
+    }
+    for name, text in texts.items():
+        Path(f"{name}.yaml").write_text(text)
+
+    def ended(output: str, seconds: float = 0.0) -> int:
+        process = child(compared, output, seconds)
+        process.join()
+        return process.exitcode
+
+    def found(output: str) -> list[str]:
+        return [Path(output, f"runs/{name}/seed0/coefficients.json").read_text() for name in ("tensor", "task_wise")]
+
+    began = time.monotonic()
+    assert ended("whole") == 0
+    drawn, whole, same_end = random.Random(seed), time.monotonic() - began, []
+    for point in range(points):
+        assert ended(f"killed{point}", drawn.uniform(0.05, 1) * whole) in (-signal.SIGALRM, 0)
+        check_whole(Path(f"killed{point}"))
+        assert ended(f"killed{point}") == 0
+        same_end.append(found(f"killed{point}") == found("whole"))
+    return same_end
+
+
+def test_a_comparison_killed_at_any_moment_finds_what_an_undisturbed_one_does():
+    assert compared_at_random(1, seed=0) == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_comparison_killed_at_any_of_20_moments_finds_what_an_undisturbed_one_does():
+    assert compared_at_random(20, seed=1) == [True] * 20
