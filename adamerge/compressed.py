@@ -143,7 +143,7 @@ def _entry(path: str | Path) -> dict[str, Any]:
         raise _damaged(path, "what it says of its tensors cannot be read") from error
     if not all(isinstance(text, str) or (isinstance(text, tuple) and isinstance(text[1], str)) for text in texts):
         raise _damaged(path, "what it says of its tensors is of other kinds")
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 def _damaged(path: str | Path, why: str) -> InputError:

@@ -70,7 +70,10 @@ class Reset(L.Callback):
         return self._sum - self._least > self.drift
 
     def _forget(self) -> None:
-        self._count, self._mean, self._sum, self._least = 0, 0.0, 0.0, 0.0
+        self._count: int = 0
+        self._mean: float = 0.0
+        self._sum: float = 0.0
+        self._least: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         seen = (self._count, self._mean, self._sum, self._least)

@@ -40,7 +40,7 @@ def load(items: Dataset[Any], steps: range, num_workers: int) -> Iterator[Any]:
     """
     died, step = 0, steps.start
     while step < steps.stop:
-        loader = DataLoader(Told(items), batch_size=None, sampler=range(step, steps.stop), num_workers=num_workers)  # type: ignore[arg-type]
+        loader = DataLoader(Told(items), batch_size=None, sampler=range(step, steps.stop), num_workers=num_workers)
         try:
             with _no_interruption():
                 loaded = iter(loader)
