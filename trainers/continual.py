@@ -35,7 +35,7 @@ class Reset(L.Callback):
         self.every, self.drift, self.tolerance = every, drift, tolerance
         self.start: dict[str, Tensor] = {}
         self.resets: list[int] = []
-        self._forget()
+        self._count, self._mean, self._sum, self._least = 0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Adaptation) and (trainer.global_step == 0 or not self.start):
@@ -70,10 +70,7 @@ class Reset(L.Callback):
         return self._sum - self._least > self.drift
 
     def _forget(self) -> None:
-        self._count: int = 0
-        self._mean: float = 0.0
-        self._sum: float = 0.0
-        self._least: float = 0.0
+        self._count, self._mean, self._sum, self._least = 0, 0.0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         seen = (self._count, self._mean, self._sum, self._least)
