@@ -174,7 +174,7 @@ def load_torch(path: Path) -> dict[str, Any]:
     """A torch file of tensors and plain values; InputError, with what to do, for a pickle or a truncated file."""
     _check_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds pickled Python objects, which could run code, and is not loaded. "
@@ -192,7 +192,7 @@ def load_torch(path: Path) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     """Raise InputError for an archive whose parts are more than the file has: torch compresses nothing."""
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -201,6 +201,13 @@ def _check_archive(path: Path) -> None:
         raise InputError(f"{path} cannot be read; it may be truncated ({type(error).__name__})") from error
     if sum(part.file_size for part in parts) > path.stat().st_size:
         raise InputError(f"{path} cannot be read: it claims to hold more than it does, as no file of torch does")
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one that is broken in a way that it does not catch
+        return True
 
 
 def _check_tensor(tensor: Tensor, name: str, path: Path) -> None:

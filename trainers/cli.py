@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -189,7 +190,7 @@ def main(args: list[str] | None = None) -> None:
             },
             args=args,
         )
-    except (ValueError, FileNotFoundError, ArgumentError, MisconfigurationException) as error:
+    except (ValueError, FileNotFoundError, ArgumentError, MisconfigurationException, yaml.YAMLError) as error:
         ours = not isinstance(error, ValueError) or isinstance(error, InputError) or "Does not validate" in str(error)
         if not ours or os.environ.get("ADAMERGE_DEBUG"):
             raise

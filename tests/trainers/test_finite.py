@@ -47,10 +47,11 @@ def test_too_many_in_a_row_stop_the_run_with_what_it_had_learned(adapt, tmp_path
     assert saved["adamerge"]["finite"]["skipped"] == reached - 1
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_run_that_is_resumed_goes_on_counting(adapt, tmp_path):
     keep = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, enable_version_counter=False)
     adapt(steps=4, objective=Failing([2, 3]), callbacks=[keep])
-    resumed, _ = adapt(steps=5, objective=Failing([0]), callbacks=[keep], ckpt_path=str(tmp_path / "last.ckpt"))
+    resumed, _ = adapt(steps=5, objective=Failing([0]), ckpt_path=str(tmp_path / "last.ckpt"))
     assert resumed.finite.state_dict() == {"skipped": 3, "row": 3}
 
 

@@ -4,18 +4,20 @@ import json
 import sys
 from pathlib import Path
 
+import lightning as L
 import malformed
 import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
 from malformed import COUNTS, LAUGHS, MERGED, PICKLED, as_json, as_yaml, files, refuses
 from tiny_suite import TinySuite
 
 from adamerge import InputError
 from adamerge.plain_files import check_classes
 from trainers import Adaptation
-from trainers.cli import CLI, Trainer, main
+from trainers.cli import Trainer, main
 from trainers.results import whole_results
 
 HERE = Path(__file__).parent
@@ -84,12 +86,12 @@ def test_overlays(count):
         },
         "trainer": {"max_steps": 3, "callbacks": [{"class_path": "trainers.Guard", "init_args": {"every": 3}}]},
     }
-    parser = CLI(trainer_class=Trainer, subclass_mode_model=True, subclass_mode_data=True, run=False, args=[
-        "--model=trainers.Adaptation", "--model.suite=tiny_suite.TinySuite", "--data=trainers.Stream",
-    ], save_config_callback=None, parser_kwargs={"exit_on_error": False, "default_env": False}).parser  # fmt: skip
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
+    parser.add_lightning_class_args(Trainer, "trainer")
 
     def read(path: Path) -> None:
-        check_classes(parser.parse_args([f"--config={path}", "--data=trainers.Stream"]))
+        check_classes(parser.parse_args([f"--config={path}"]))
 
     more = (LAUGHS.encode(), MERGED.encode(), PICKLED.encode(), b"model: &a [*a]")
     refuses(read, files(valid, as_yaml, more), Path("overlay.yaml"), count, (InputError, ArgumentError))
@@ -106,7 +108,7 @@ def test_an_overlay_calls_nothing(place, spec, capsys):
     inner = overlay
     for key in outer:
         inner = inner.setdefault(key, {})
-    inner[last] = spec
+    inner[last] = [spec] if last == "callbacks" else spec
     Path("overlay.yaml").write_text(yaml.safe_dump(overlay))
     given = ["--model.init_args.suite=tiny_suite.TinySuite"] if place != "model.init_args.suite" else []
     with pytest.raises(SystemExit) as stopped:
