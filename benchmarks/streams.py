@@ -1,4 +1,4 @@
-"""Accuracy on streams as they come: `python -m benchmarks.streams --output runs/streams --steps 150`.
+"""Accuracy on streams as they come: `python -m benchmarks.streams --output runs/streams --steps 250`.
 
 Every cell is a stream, a method and a guard or none: a run of its own in this process, which leaves a JSON file; a cell
 whose file is there is not run again. Online streams are scored as they pass, each image predicted, then adapted on,
@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150, help="at most, of each run; default: 150")
+    parser.add_argument("--steps", type=int, default=250, help="at most, of each run; default: 250, one pass of Mini")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", default="configs/suites/mini.yaml", help="an overlay")
     parser.add_argument("--streams", nargs="*", default=list(STREAMS), choices=list(STREAMS))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import yaml
@@ -26,9 +26,11 @@ from adamerge.files import write_text
 from adamerge.plain_files import check_classes, guard_yaml
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
+from trainers.predicting import predict
 from trainers.progress import Progress
 from trainers.report import Report
 from trainers.saving import Checkpoint, WholeFiles, requeued
+from trainers.sources import Source
 
 #: The main job; every `--config` is an overlay on it.
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
@@ -57,6 +59,41 @@ class Trainer(L.Trainer):
             raise InputError(f"export writes an adapted merge; {type(model).__name__} is none")
         path = model.restore(ckpt_path).export(output)
         Console().print(f"Wrote {path}", soft_wrap=True)
+        return path
+
+    def predict(  # type: ignore[override]  # it takes images from outside
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None,
+        source: Source,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        adapt: bool = False,
+        batch_size: int = 1,
+        task: str | None = None,
+    ) -> Path:
+        """Predict images as they come.
+
+        Args:
+            model: the adaptation, as configured.
+            datamodule: not used.
+            source: where the images come from, such as `trainers.sources.Folder` or `trainers.sources.StandardInput`.
+            ckpt_path: the checkpoint with what was learned; default: as at the start.
+            output: a file of JSON lines, to which predictions are added; default: `predictions.jsonl` in the run's
+                folder.
+            adapt: learn from the images, each after it was predicted.
+            batch_size: images that are waited for before they are predicted.
+            task: the task of all images; default: it is found (`task_id: inferred`).
+        """
+        if not isinstance(model, Adaptation):
+            raise InputError(f"predict takes an adapted merge; {type(model).__name__} is none")
+        if ckpt_path is not None:
+            model.restore(ckpt_path)
+        path = Path(output or Path(self.default_root_dir, "predictions.jsonl"))
+        trainer = cast(Any, self)
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Report)]
+        predict(self, model, source, path, adapt, batch_size, task)
+        Console().print(f"Predictions are in {path}", soft_wrap=True)
         return path
 
 
@@ -94,7 +131,7 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "predict": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

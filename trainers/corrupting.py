@@ -31,7 +31,7 @@ class Corrupted(Dataset[tuple[Tensor, int]]):
         self, dataset: Dataset[Any], task: str, corruptions: Sequence[Corruption], which: Tensor, seed: int
     ) -> None:
         self.dataset, self.task, self.corruptions, self.which, self.seed = dataset, task, corruptions, which, seed
-        self.preprocess = _preprocess_of(dataset, task)
+        self.preprocess = preprocess_of(dataset, task)
 
     def __len__(self) -> int:
         return len(self.which)
@@ -56,7 +56,7 @@ class Corrupted(Dataset[tuple[Tensor, int]]):
         return images, labels
 
 
-def _preprocess_of(dataset: Any, task: str) -> Preprocess:
+def preprocess_of(dataset: Any, task: str) -> Preprocess:
     """How the images of a data set, or of a part of one, were normalised."""
     while not isinstance(found := getattr(dataset, "preprocess", None), Preprocess):
         if not hasattr(dataset, "dataset"):
