@@ -24,7 +24,7 @@ def kept() -> Iterator[None]:
         yield
         return
     library.mallopt(_MMAP_MAX, 0)
-    library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    library.mallopt(_TRIM_THRESHOLD, -1)  # never
     try:
         yield
     finally:
