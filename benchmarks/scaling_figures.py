@@ -49,7 +49,7 @@ class Point:
 AXES = {
     "experts": [Point(experts=count) for count in (2, 4, 8, 16, 32, 64)],
     "parameters": [Point(size=size, experts=4) for size in ("1M", "8M", "30M", "90M", "300M")],
-    "images": [Point(images=count) for count in (16, 32, 64, 128, 256, 512)],
+    "images": [Point(size="1M", images=count) for count in (16, 32, 64, 128, 256, 512)],
     "processes": [Point(experts=32, images=32, processes=count) for count in (1, 2)],
 }
 
