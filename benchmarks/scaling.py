@@ -200,7 +200,7 @@ PARTS = {
     "storage": storage,
     "memory": memory,
     "evaluation": evaluation,
-    "start": start,
+    "start": lambda args: start(args.repeats),
 }
 
 
