@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,12 +20,12 @@ def kept() -> Iterator[None]:
     arithmetic of a merge. The price of keeping is what fragments of freed memory add to the peak. Where the environment
     sets one of the library's own `MALLOC_...` variables, these hold.
     """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is None or not hasattr(library, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
         yield
         return
     library.mallopt(_MMAP_MAX, 0)
-    library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    library.mallopt(_TRIM_THRESHOLD, -1)  # never
     try:
         yield
     finally:

@@ -116,7 +116,8 @@ class Stored(Deltas):
         buffer = torch.empty(experts, min(size, -(-self._count // SHARE) * SHARE), dtype=self.dtype, device=self.device)
         for place, (values, scales) in zip(places, ahead(map(self._part(tasks), places), self.device), strict=True):
             assert values is not None
-            block = buffer[:, : values.shape[1]].copy_(values)
+            as_it_is = values.dtype == self.dtype
+            block = values if as_it_is else buffer[:, : values.shape[1]].copy_(values)
             if scales is not None:
                 block.unflatten(1, (-1, SHARE)).mul_(scales.unsqueeze(2))
             yield place, block[:, : place.stop - place.start]

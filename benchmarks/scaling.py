@@ -6,6 +6,7 @@ Each figure is a ratio to something measured in the same run, in turns. On a GPU
 - step: a layer-wise AdaMerging step, an ordinary training step on the same images, and a straightforward
   implementation (weights are a sum of products that autograd sees; one forward and one backward pass per task);
 - experts: seconds that one more expert adds to a step, over reading its deltas twice;
+- storage: bytes and seconds of a step with deltas in fewer bits or on disk;
 - memory: the peak of a step in micro-batches, over the sum of what it needs;
 - evaluation: images per second of a static merge, over those of the plain model;
 - start: `train.py --help` and the first step of `fit`, beside the import of torch and lightning.
@@ -15,17 +16,11 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.queues import Queue
-from pathlib import Path
 
-import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,11 +28,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.memory import kept
+from adamerge.rules import Store
 from benchmarks.adaptation_step import ADAPTATION, IN_PARTS, SIZES, TRAINING, Bench, peak_resident, seconds
+from benchmarks.start import start
+from modules import Coefficients, MergedModel
 
 NAIVE = "straightforward"
 EXPERTS = (2, 4, 8, 16, 32, 64)
-ROOT = Path(__file__).parents[1]
 
 
 def in_turns(
@@ -115,6 +112,27 @@ def experts(args: argparse.Namespace) -> dict[str, float]:
     return {**measured, "seconds per expert": slope, "reading its deltas once": read, "ratio": slope / (2 * read)}
 
 
+def storage(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes of deltas in each form and place, and seconds of a step with them."""
+    bench, found = Bench("small", 32, 1, args.device), {}
+    bench.images = bench.images[:1].repeat(2, 1, 1, 1, 1)
+    steps: dict[str, Callable[[], object]] = {}
+    for dtype, place in (
+        ("same", "memory"),
+        ("bfloat16", "memory"),
+        ("int8", "memory"),
+        ("same", "disk"),
+        ("int8", "disk"),
+    ):
+        vectors = Store(dtype, place)(bench.dense)  # type: ignore[arg-type]
+        model = MergedModel(bench.tower, vectors, Coefficients()).requires_grad_(True)
+        name = f"{dtype.replace('same', 'float32')} in {place}"
+        found[f"GB, {name}"] = sum(d.nbytes for n in model.coefficients.rows if (d := model.delta(n)) is not None) / 1e9
+        steps[name] = bench.adaptation_step(model, 0)
+    times = in_turns(steps, args.device, 5 * args.repeats)
+    return {**found, **{f"step, {name}": value for name, value in times.items()}}
+
+
 def memory(args: argparse.Namespace) -> dict[str, float]:
     """The peak of two steps in micro-batches, in a process of its own, over what they need."""
     context = multiprocessing.get_context("spawn")
@@ -176,42 +194,14 @@ def evaluation(args: argparse.Namespace) -> dict[str, float]:
     return {**speeds, "ratio": times["plain"] / times["merge"]}
 
 
-class FirstStep(L.Callback):
-    """Ends the process where the first step begins."""
-
-    def on_train_batch_start(self, *_: object) -> None:
-        os._exit(0)
-
-
-def start(args: argparse.Namespace) -> dict[str, float]:
-    """Processor seconds of `--help`, and wall seconds until the first step of the quickstart, over the imports."""
-    train = [sys.executable, str(ROOT / "train.py")]
-    fit = [*train, "fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--name", "scaling"]
-    commands = {
-        "import torch and lightning": [sys.executable, "-c", "import torch, lightning.pytorch"],
-        "train.py --help": [*train, "--help"],
-        "fit, to its first step": [*fit, "--trainer.callbacks+=benchmarks.scaling.FirstStep"],
-    }
-    measured: dict[str, tuple[float, float]] = {}
-    for name, command in commands.items():
-        rounds = [_run(command) for _ in range(args.repeats + 1)][1:]
-        measured[name] = tuple(map(statistics.median, zip(*rounds, strict=True)))  # type: ignore[assignment]
-    (own, imports), (shown, helped), (_, began) = measured.values()
-    seconds = {f"{name}, wall": wall for name, (_, wall) in measured.items()}
-    return {**seconds, "--help / import, processor time": shown / own, "--help / import, wall": helped / imports,
-            "first step after --help": began - helped}  # fmt: skip
-
-
-def _run(command: list[str]) -> tuple[float, float]:
-    """Processor and wall seconds of a command."""
-    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
-    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begun
-    return after.ru_utime - before.ru_utime, wall
-
-
-PARTS = {"step": step, "experts": experts, "memory": memory, "evaluation": evaluation, "start": start}
+PARTS = {
+    "step": step,
+    "experts": experts,
+    "storage": storage,
+    "memory": memory,
+    "evaluation": evaluation,
+    "start": lambda args: start(args.repeats),
+}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """How a step grows with experts, parameters, images and processes: `python -m benchmarks.scaling_figures`.
 
 Every point is a process of its own: seconds of an AdaMerging step and of a training step on the same images (medians of
-three, in turns), and the adaptation's peak memory. Points go to `figures/scaling.json`, curves to `figures/*.png`;
-`--only` measures some of the axes again and keeps what is there of the others.
+three, in turns; of one where it takes two seconds), and the adaptation's peak memory. Points go to
+`figures/scaling.json`, curves to `figures/*.png`; `--only` measures some of the axes again and keeps what is there of
+the others.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from matplotlib import pyplot as plt
 from adamerge import TaskVectors
 from adamerge.drawing import save, style
 from adamerge.rules import Store
-from benchmarks.adaptation_step import ADAPTATION, SIZES, TRAINING, Bench, peak_resident
+from benchmarks.adaptation_step import ADAPTATION, SIZES, TRAINING, Bench, peak_resident, seconds
 from benchmarks.scaling import in_turns
 from modules import Coefficients, MergedModel
 
@@ -48,8 +49,8 @@ class Point:
 
 AXES = {
     "experts": [Point(experts=count) for count in (2, 4, 8, 16, 32, 64)],
-    "parameters": [Point(size=size, experts=4) for size in ("1M", "8M", "30M", "90M", "300M")],
-    "images": [Point(images=count) for count in (16, 32, 64, 128, 256, 512)],
+    "parameters": [Point(size=size, experts=2, images=8) for size in ("1M", "8M", "30M", "90M", "300M")],
+    "images": [Point(size="1M", images=count) for count in (16, 32, 64, 128, 256, 512)],
     "processes": [Point(experts=32, images=32, processes=count) for count in (1, 2)],
 }
 
@@ -79,10 +80,10 @@ def measure(point: Point, rank: int, meeting: str, queue: "Queue[dict[str, float
         )
     model = MergedModel(bench.tower, vectors, Coefficients()).requires_grad_(True)
     adapt = bench.adaptation_step(model, 0)
-    for _ in range(2):
-        adapt()
+    adapt()
+    once = seconds(adapt, "cpu")
     peak = peak_resident() - libraries
-    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", 3)
+    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", 3 if once < 2 else 1)
     count = sum(value.numel() for value in base.values())
     queue.put({**times, "gigabytes": peak / 1e9, "parameters": count})
     if point.processes > 1:

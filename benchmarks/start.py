@@ -1,0 +1,48 @@
+"""What starting up takes; a part of `python -m benchmarks.scaling`."""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+
+ROOT = Path(__file__).parents[1]
+
+
+class FirstStep(L.Callback):
+    """Ends the process where the first step begins."""
+
+    def on_train_batch_start(self, *_: object) -> None:
+        os._exit(0)
+
+
+def start(repeats: int) -> dict[str, float]:
+    """Processor seconds of `--help`, and wall seconds until the first step of the quickstart, over the imports."""
+    train = [sys.executable, str(ROOT / "train.py")]
+    fit = [*train, "fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--name", "scaling"]
+    commands = {
+        "import torch and lightning": [sys.executable, "-c", "import torch, lightning.pytorch"],
+        "train.py --help": [*train, "--help"],
+        "fit, to its first step": [*fit, "--trainer.callbacks+=benchmarks.start.FirstStep"],
+    }
+    measured: dict[str, tuple[float, float]] = {}
+    for name, command in commands.items():
+        rounds = [_run(command) for _ in range(repeats + 1)][1:]
+        measured[name] = tuple(map(statistics.median, zip(*rounds, strict=True)))  # type: ignore[assignment]
+    (own, imports), (shown, helped), (_, began) = measured.values()
+    seconds = {f"{name}, wall": wall for name, (_, wall) in measured.items()}
+    return {**seconds, "--help / import, processor time": shown / own, "--help / import, wall": helped / imports,
+            "first step after --help": began - helped}  # fmt: skip
+
+
+def _run(command: list[str]) -> tuple[float, float]:
+    """Processor and wall seconds of a command."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begun
+    return after.ru_utime - before.ru_utime, wall
