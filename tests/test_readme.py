@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adamerge.__main__ import main as adamerge_command
@@ -36,6 +37,9 @@ def folder(tmp_path, monkeypatch):
         images, labels = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8), np.arange(30) % 3
         arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
         np.savez(tmp_path / f"data/{task}.npz", classes=np.array(["a", "b", "c"]), **arrays)
+    (tmp_path / "inbox").mkdir()
+    for n in range(3):
+        Image.fromarray(images[n]).save(tmp_path / f"inbox/{n}.png")
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
@@ -47,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 def small(command: list[str]) -> list[str]:
     """The command with few steps and, on Mini, a suite that is built in seconds."""
     text = " ".join(command)
-    if "export" in command or "test" in command:
+    if {"export", "test", "predict"} & set(command):
         few = []
     else:
         few = ["--trainer.max_steps=4" if "--ckpt_path" in command else "--trainer.max_steps=2"]
