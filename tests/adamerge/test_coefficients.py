@@ -109,7 +109,7 @@ HEAD = '"format": "adamerge-coefficients-1", "fingerprints": {}'
 )
 def test_another_file_is_refused_by_its_name(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(InputError, match=r"c\.json is not a file of coefficients"):
+    with pytest.raises(InputError, match=r"c\.json( is not a file of|: a table of|:) coefficients"):
         read_coefficients(tmp_path / "c.json")
 
 

@@ -313,7 +313,7 @@ def test_a_dry_run_says_what_would_be_done_and_reads_no_weights(command, models,
         "19 merged, 2 copied from the base",
         "vocabulary 90 rows",
         "rules Trim, ElectSign",
-        "reads 2 ×",
+        "reads 3 ×",
         "free",
     ):
         assert words in said, words

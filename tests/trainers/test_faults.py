@@ -203,6 +203,7 @@ def compared(output: str, seconds: float = 0.0) -> None:
         return made.exitcode, 0.1
 
     compare_runs.wait = wait
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest's own limit of time has a handler for it
     signal.setitimer(signal.ITIMER_REAL, seconds)
     methods = ["--methods", "tensor.yaml", "task_wise.yaml", "--seeds=0"]
     more = ["--report.figures=false", "--report.references=false"]

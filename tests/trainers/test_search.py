@@ -47,7 +47,7 @@ class Bowl(Objective):
     def forward(self, view):
         values = view._pass.merged.coefficients()
         target = self.targets[view.number % len(self.targets)]
-        return (values - target).square().sum(1).mean().expand(len(view._part["images"]))
+        return (values - target).square().sum(1).mean().expand(len(view.part["images"]))
 
 
 class ForwardAlone(torch.autograd.Function):
