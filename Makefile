@@ -30,13 +30,13 @@ lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## time and memory of adaptation steps, routing, spectral rules and merges from files (28 GB of disk)
-	$(BIN)/python -m benchmarks.adaptation_step
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.compositions
+bench: $(STAMP)  ## time and memory, in short: steps, routing, spectral rules, merges from files (3 GB of disk)
+	$(BIN)/python -m benchmarks.adaptation_step --repeats 1
+	$(BIN)/python -m benchmarks.scaling --only experts evaluation start
+	$(BIN)/python -m benchmarks.compositions --repeats 1 --first 8
 	$(BIN)/python -m benchmarks.spectral
 	$(BIN)/python -m benchmarks.regmean_memory
-	$(BIN)/python -m benchmarks.static_merge --parameters 2e9
+	$(BIN)/python -m benchmarks.static_merge --parameters 2e8
 
 bench-gpu: $(STAMP)  ## the tests for a GPU, and time and memory there; says so where there is none
 	$(BIN)/python -m benchmarks.gpu

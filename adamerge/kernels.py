@@ -2,13 +2,15 @@
 
 Tensors stay where they are: kernels find them through tables of addresses, so that neither base, deltas nor gradients
 are gathered into one buffer. Sums are in float32, in an order that never changes. `adamerge.ops.weighted_sums` comes
-here where it can; the environment's ADAMERGE_KERNELS=0 keeps it on torch's own operations.
+here where it can; the environment's ADAMERGE_KERNELS=0 keeps it on torch's own operations, and so does a device where
+the kernels fail.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from adamerge.deltas import AnyDeltas
 from adamerge.stored import Stored
+
+log = logging.getLogger(__name__)
 
 #: Entries of one tensor that one program takes, and partial sums that one program adds up at a time.
 TILE, CHUNK = 2048, 128
@@ -36,6 +40,30 @@ def fits(base: Tensor, deltas: AnyDeltas) -> bool:
     at_hand = values is not None and values.is_contiguous() and base.is_contiguous() and values.numel() > 0
     there = values is not None and base.device == values.device == deltas.device
     return bool(at_hand and there and (base.is_cuda or INTERPRETED) and base.dtype == deltas.dtype == torch.float32)
+
+
+@cache
+def work(device: torch.device) -> bool:
+    """Whether they give on this device what plain sums give: tried once, with a few numbers."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            base = torch.linspace(-1, 1, TILE + 2, device=device)
+            deltas = torch.stack([base.square(), base.cos(), base.flip(0)])
+            rows = torch.tensor([[0.5, -2.0, 0.25]], device=device, requires_grad=True)
+            (merged,) = sums(rows, [base], [deltas])
+            (grad,) = torch.autograd.grad(merged.square().sum(), rows)
+            plain = base + (rows.T * deltas).sum(0)
+            expected = torch.autograd.grad(plain.square().sum(), rows)[0]
+        wrong = (
+            None if torch.allclose(merged, plain, 1e-4, 1e-4) and torch.allclose(grad, expected, 1e-3) else "wrong sums"
+        )
+    except Exception as error:  # whatever a compiler or a driver raises
+        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+    if wrong:
+        log.warning(
+            "merging on %s takes torch's own operations, since the kernels do not work there (%s)", device, wrong
+        )
+    return not wrong
 
 
 def sums(coefficients: Tensor, bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]) -> tuple[Tensor, ...]:

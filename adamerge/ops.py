@@ -98,7 +98,7 @@ def _in_kernels(base: Tensor, deltas: AnyDeltas) -> bool:
         return False
     from adamerge import kernels
 
-    return kernels.fits(base, deltas)
+    return kernels.fits(base, deltas) and kernels.work(base.device)
 
 
 @cache

@@ -47,6 +47,14 @@ if __name__ == "__main__":
     assert len({part.untyped_storage().data_ptr() for part in merged}) == 1, "that was no kernel"
     for half, experts, left_out in [(False, 1, 0), (False, 3, 2), (True, 3, 0), (True, 5, 3)]:
         check(half, experts, left_out)
+    found = kernels._merge
+    kernels.work.cache_clear()
+    kernels._merge = None  # nothing to launch
+    assert not kernels.work(torch.device("cpu"))
+    broken = ops.weighted_sums(*arguments)
+    assert_close(broken, merged, rtol=1e-5, atol=1e-5)
+    kernels._merge = found
+    kernels.work.cache_clear()
     os.environ["ADAMERGE_KERNELS"] = "0"
     ops._kernels.cache_clear()
     plain = ops.weighted_sums(*arguments)
