@@ -68,6 +68,8 @@ class Checkpoint(ModelCheckpoint):
     ) -> None:
         if trainer.global_step >= trainer.max_steps > 0 or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self._validates(trainer):  # resumed from here, a run would go without; it is written when that is over
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         decide = trainer.strategy.reduce_boolean_decision  # processes write together, and their clocks differ
         due = self._asked is not None or (self.share > 0 and time.monotonic() >= self._next)
@@ -75,36 +77,44 @@ class Checkpoint(ModelCheckpoint):
             self._write(trainer)
             self._end_if_asked(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
-        if self._training(trainer):  # which may take long
-            self._write(trainer)
-
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         super().on_validation_batch_end(trainer, pl_module, *args)
-        if self._training(trainer):
+        if self._training(trainer) and trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+            self._write(trainer)  # the rest of it may take longer than who asked will wait
             self._end_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A checkpoint after the validation of its step, so that a resumed run need not repeat it."""
         super().on_validation_end(trainer, pl_module)
         if self._training(trainer):
+            self._save_numbered(trainer)
             self._last_global_step_saved = -1
             self._write(trainer)
+            self._end_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._unlisten()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_numbered(trainer)
         self._last_global_step_saved = -1  # even of a step that is saved already: a guard may have gone back
         self._write(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._unlisten()
+
+    def _save_numbered(self, trainer: L.Trainer) -> None:
+        """A checkpoint under its step's number, where the step is one of those that have one."""
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @staticmethod
+    def _validates(trainer: L.Trainer) -> bool:
+        """Whether a validation follows the step."""
+        loop = trainer.fit_loop
+        return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
     def _training(self, trainer: L.Trainer) -> bool:
         """Whether a validation is one between two steps: the last step is written when it is all over."""
