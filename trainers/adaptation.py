@@ -19,6 +19,7 @@ from adamerge.objectives import entropy
 from adamerge.rules import Store, Transform, transform
 from adamerge.suites import Suite
 from adamerge.suites.measuring import informed
+from adamerge.watching import evaluating
 from modules import Coefficients, Correction, Elements, Entropy, Head, MergedModel, Objective, Pass, Router, View
 from trainers.checkpoints import ENTRY, check_entry, entry
 from trainers.checks import check, useless
@@ -28,7 +29,6 @@ from trainers.finite import Finite, check_finite
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
 from trainers.programs import Losses, Program, average
-from trainers.scoring import evaluating
 from trainers.seeding import drawing
 from trainers.settings import describe
 from trainers.streams import Batch

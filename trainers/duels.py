@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adamerge import criteria
 from adamerge.data import fetch
+from adamerge.watching import evaluating
 from modules import Head
 from trainers.adaptation import Adaptation
 from trainers.finding import regrouped
 from trainers.phases import ExpertOutputs
-from trainers.scoring import evaluating
 from trainers.seeding import generator
 from trainers.streams import Stream
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from adamerge import InputError, criteria
 from adamerge.data import fetch
+from adamerge.watching import evaluating
 from modules import Head
 from trainers.adaptation import Adaptation
 from trainers.duels import blind, duel
 from trainers.phases import ExpertOutputs
-from trainers.scoring import evaluating
 from trainers.seeding import generator
 from trainers.settings import settings
 from trainers.streams import Stream
@@ -221,7 +221,7 @@ class Guard(L.Callback):
     def _duel(self, trainer: L.Trainer, module: Adaptation) -> None:
         """Go on with the better of what has been learned and the best so far."""
         now, step, best = _learned(module), trainer.global_step, self.seen.best
-        if step == 0:
+        if not best:
             self.seen.best, self.seen.champion = now, step
             return
         old, new = duel(trainer, module, best, now, self.images, self.keep == "agreement")

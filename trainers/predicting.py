@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from adamerge import InputError
+from adamerge.watching import evaluating
 from trainers.adaptation import Adaptation
 from trainers.corrupting import preprocess_of
 from trainers.finding import regrouped
-from trainers.scoring import evaluating
 from trainers.sources import Item
 from trainers.steps import Batch
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adamerge.data import labels_of
+from adamerge.watching import evaluating
 from trainers.evaluation import Accuracy
-from trainers.scoring import evaluating
 from trainers.steps import Batch
 from trainers.streams import Stream
 

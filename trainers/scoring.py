@@ -1,7 +1,6 @@
 """Validation and test of anything that gives logits by task."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import lightning as L
@@ -49,16 +48,3 @@ class ScoredModule(L.LightningModule):
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the block, a module and its parts are in evaluation mode, without gradients; after it, as they were."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode

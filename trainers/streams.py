@@ -109,17 +109,7 @@ class Stream(L.LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The settings that a result depends on."""
-        names = (
-            "batch_size",
-            "split",
-            "train_split",
-            "tasks_per_step",
-            "per_task",
-            "held_out",
-            "half",
-            "seed",
-            "tasks",
-        )
+        names = ("batch_size", "split", "train_split", "tasks_per_step", "per_task", "held_out", "half", "seed")
         plain = {name: value for name in names if (value := getattr(self, name)) is not None}
         more = {
             "tasks": self.tasks,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from adamerge.errors import InputError
 from adamerge.permutations.symmetries import Axis, Symmetry
 from adamerge.permutations.weights import assign, check_same, match_weights
+from adamerge.watching import evaluating, watching
 
 _CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 #: Added to a unit's variance, relative to the largest: one that never changes correlates with nothing.
@@ -106,21 +108,18 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     arXiv:2211.08403). Everything else is in evaluation mode meanwhile.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        for batch in batches:
-            model(batch)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        try:
+            for batch in batches:
+                model(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 @dataclass
@@ -163,22 +162,13 @@ class _Tally:
 def _outputs(model: nn.Module, shown: Mapping[str, Axis | None], symmetry: Symmetry) -> Iterator[dict[str, Tensor]]:
     """What modules put out in the last forward pass, [rows, repeat, n, inner], by name; in evaluation mode."""
     seen: dict[str, Tensor] = {}
-    modes = {module: module.training for module in model.modules()}
-    handles = []
-    for name, axis in shown.items():
+
+    def keep(name: str, module: nn.Module, _: object, output: Tensor) -> None:
+        axis = shown[name]
         assert axis is not None
+        channels = 1 if isinstance(module, _CHANNELS_SECOND) and output.dim() > 1 else -1
+        rows = output.detach().movedim(channels, -1).flatten(0, -2)
+        seen[name] = rows.unflatten(-1, (axis.repeat, symmetry.sizes[axis.label], -1))
 
-        def keep(module: nn.Module, _: object, output: Tensor, name: str = name, axis: Axis = axis) -> None:
-            channels = 1 if isinstance(module, _CHANNELS_SECOND) and output.dim() > 1 else -1
-            rows = output.detach().movedim(channels, -1).flatten(0, -2)
-            seen[name] = rows.unflatten(-1, (axis.repeat, symmetry.sizes[axis.label], -1))
-
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    model.eval()
-    try:
+    with watching(model, {name: partial(keep, name) for name in shown}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode

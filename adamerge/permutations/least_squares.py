@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
+from adamerge.watching import watching
 
 Rows = tuple[Tensor, Tensor]
 
@@ -83,26 +85,16 @@ def _weights(state: dict[str, Tensor], name: str) -> Tensor:
 def _rows(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[dict[str, Rows]]:
     """What layers took [rows, in (+ 1)] and put out [rows, out] in the last forward pass, in evaluation mode."""
     seen: dict[str, Rows] = {}
-    modes = {module: module.training for module in model.modules()}
-    handles = []
-    for name in layers:
 
-        def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            if name in seen:
-                raise InputError(f"{name} runs several times in one pass: its inputs cannot be told apart")
-            x, y = given[0].double(), output.double()
-            if isinstance(module, nn.Conv2d):
-                x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT  # type: ignore[arg-type]
-                y = y.flatten(2).mT
-            x, y = x.flatten(0, -2), y.flatten(0, -2)
-            seen[name] = (x if module.bias is None else F.pad(x, (0, 1), value=1.0)), y
+    def keep(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in seen:
+            raise InputError(f"{name} runs several times in one pass: its inputs cannot be told apart")
+        x, y = given[0].double(), output.double()
+        if isinstance(module, nn.Conv2d):
+            x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT  # type: ignore[arg-type]
+            y = y.flatten(2).mT
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        seen[name] = (x if module.bias is None else F.pad(x, (0, 1), value=1.0)), y
 
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    model.eval()
-    try:
+    with watching(model, {name: partial(keep, name) for name in layers}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_suite import TinySuite
 
 from adamerge import InputError
+from adamerge.watching import evaluating
 from modules import BlockRouter, Coefficients, Entropy, Objective, PseudoLabels, RepresentationL1, Surgery
 from trainers import Adaptation, Stream
 from trainers.cli import main
-from trainers.guards import Guard, evaluating
+from trainers.guards import Guard
 from trainers.phases import Phase
 from trainers.report import Report, information
 
