@@ -29,7 +29,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "online": ONLINE,
     "task blocks": {"order": {"class_path": "trainers.TaskBlocks"}},
     "class-correlated": {"order": {"class_path": "trainers.ClassCorrelated"}},
-    "unseen tasks": {"tasks": ["digits", "letters", "signs", "icons"]},
+    "unseen tasks": {},
     "task unknown": {**ONLINE, "task_known": False},
     **{
         f"corrupted {kind.__name__}": {
@@ -48,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="at most, of each run; default: 250, one pass of Mini")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", default="configs/suites/mini.yaml", help="an overlay")
+    parser.add_argument(
+        "--seen", nargs="+", default=["digits", "letters", "signs", "icons"], help="tasks that come where others do not"
+    )
     parser.add_argument("--streams", nargs="*", default=list(STREAMS), choices=list(STREAMS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--guards", nargs="*", default=["none", "guard"], choices=["none", "guard"])
@@ -66,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(cell: Path, stream: str, method: str, guard: str, given: argparse.Namespace) -> None:
     """One cell."""
-    data = settings(stream, method)
+    data = settings(stream, method) | ({"tasks": given.seen} if stream == "unseen tasks" else {})
     known = data.get("task_known", True)
     command = ["fit", f"--config={given.suite}", f"--config=configs/methods/{method}.yaml", f"--root={cell}"]
     command += [f"--trainer.max_steps={given.steps}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
