@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--guards", nargs="*", default=["none", "guard"], choices=["none", "guard"])
     parser.add_argument("--tables", action="store_true", help="print what is there, and run nothing")
-    parser.add_argument("arguments", nargs="*", help="after --, for every run")
+    parser.add_argument("arguments", nargs="*", help="after --, for every run, such as the suite's seed")
     given = parser.parse_args(args)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for guard in [] if given.tables else given.guards:
@@ -74,7 +74,7 @@ def run(cell: Path, stream: str, method: str, guard: str, given: argparse.Namesp
     command = ["fit", f"--config={given.suite}", f"--config=configs/methods/{method}.yaml", f"--root={cell}"]
     command += [f"--trainer.max_steps={given.steps}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     command += [f"--seed_everything={given.seed}", f"--data.init_args.seed={given.seed}", "--report.figures=false"]
-    command += [f"--model.init_args.suite.init_args.seed={given.seed}", "--trainer.enable_progress_bar=false"]
+    command += ["--trainer.enable_progress_bar=false"]
     command += [f"--data.init_args.{name}={json.dumps(value)}" for name, value in data.items()]
     if not known:
         command += ["--model.init_args.task_id=inferred", "--model.init_args.finder=trainers.ByEntropy"]
