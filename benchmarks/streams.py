@@ -22,15 +22,21 @@ from adamerge.files import write_text
 from trainers.cli import main as train
 
 METHODS = ("adamerging", "wemoe", "surgery", "tint", "twin")
-ONLINE = {"order": {"class_path": "trainers.Shuffled"}}
-#: By name, what is set beyond the method; `{seven}` stands for each of the seven corruptions.
+
+
+def passing(order: str) -> dict[str, Any]:
+    """The settings of a stream that passes once."""
+    return {"order": {"class_path": f"trainers.{order}"}, "tasks_per_step": None}
+
+
+#: By name, what is set beyond the method.
 STREAMS: dict[str, dict[str, Any]] = {
     "offline": {},
-    "online": ONLINE,
-    "task blocks": {"order": {"class_path": "trainers.TaskBlocks"}},
-    "class-correlated": {"order": {"class_path": "trainers.ClassCorrelated"}},
+    "online": passing("Shuffled"),
+    "task blocks": passing("TaskBlocks"),
+    "class-correlated": passing("ClassCorrelated"),
     "unseen tasks": {},
-    "task unknown": {**ONLINE, "task_known": False},
+    "task unknown": {**passing("Shuffled"), "task_known": False},
     **{
         f"corrupted {kind.__name__}": {
             "corruptions": [{"class_path": f"adamerge.corruptions.{kind.__name__}", "init_args": {"severity": 3}}]
@@ -96,7 +102,7 @@ def settings(stream: str, method: str) -> dict[str, Any]:
     """The arguments of the stream; a router that learns from training images adapts on them, whatever comes."""
     if method != "twin":
         return STREAMS[stream]
-    return {name: value for name, value in STREAMS[stream].items() if name not in ("order", "task_known")}
+    return {name: value for name, value in STREAMS[stream].items() if name in ("tasks", "corruptions")}
 
 
 def show(folder: Path, seed: int) -> None:

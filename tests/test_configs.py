@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from adamerge.suites import Suite
+from trainers import Stream
 from trainers.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,17 @@ def test_names_a_suite_that_can_be_built(config):
     suite = parser.instantiate(parser.parse_path(config)).model.init_args.suite
     assert len(suite.tasks) == 8 or "torchvision" in config.name
     assert set(suite.tasks) == set(suite.experts)
+
+
+@pytest.mark.parametrize("stream", [c for c in CONFIGS if c.parent.name == "streams"], ids=relative)
+def test_a_stream_goes_with_every_method(stream):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Stream, "data")
+    for method in (c for c in CONFIGS if c.parent.name == "methods"):
+        overlays = (yaml.safe_load(path.read_text()).get("data", {}).get("init_args", {}) for path in (method, stream))
+        asked = {name: value for overlay in overlays for name, value in overlay.items()}
+        made = parser.instantiate(parser.parse_object({"data": asked})).data
+        assert made.order is None or made.tasks_per_step is None, method
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.parent != ROOT / "configs"], ids=relative)
