@@ -14,10 +14,10 @@ from modules.merged import MergedModel, Weights
 
 
 class Known(Protocol):
-    """Outputs that do not change while a phase lasts, kept by task and position in its data set."""
+    """Outputs that do not change while a phase lasts."""
 
-    def __call__(self, what: str, task: str, index: Tensor | None) -> list[Tensor] | None:
-        """The rows of `what` at `index` (`None`: all); none where it is not known."""
+    def __call__(self, what: str, task: str, part: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        """The rows of `what` for a task's part of a batch (`None`: all there are); none where it is not known."""
 
 
 class Teacher:
@@ -95,7 +95,7 @@ class View:
         passed: Pass,
         heads: Heads,
         correction: Correction | None = None,
-        known: Known = lambda what, task, index: None,
+        known: Known = lambda what, task, part: None,
         teachers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.task = task
@@ -175,7 +175,7 @@ class View:
             yield blocks(name, self._pass.weights, inputs), targets
 
     def _look_up(self, what: str) -> list[Tensor] | None:
-        return self._known(what, self.task, self.part["index"]) if "index" in self.part else None
+        return self._known(what, self.task, self.part)
 
     @property
     def labels(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from adamerge import InputError
 from adamerge.data import fetch
+from adamerge.task_vectors import TaskVectors
 from modules import Blocks, DualAnchors, Objective
 from trainers.anchors import anchor_rows
 from trainers.programs import Joint, Program
@@ -76,14 +77,14 @@ class Known:
     def __init__(self) -> None:
         self._tables: dict[tuple[str, str], tuple[Tensor, list[Tensor]]] = {}
 
-    def __call__(self, what: str, task: str, index: Tensor | None) -> list[Tensor] | None:
-        """The rows of `what` at `index` (`None`: all); none where it is not known."""
-        if (what, task) not in self._tables:
+    def __call__(self, what: str, task: str, part: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        """The rows of `what` at the part's `index` (of `None`: all); none where it is not known."""
+        if (what, task) not in self._tables or (part is not None and "index" not in part):
             return None
         place, rows = self._tables[what, task]
-        if index is None:
+        if part is None:
             return rows
-        at = place[index.to(place.device)]
+        at = place[part["index"].to(place.device)]
         return [row[at] for row in rows]
 
     def has(self, what: str) -> bool:
@@ -133,14 +134,37 @@ class ExpertOutputs:
         return [features, *recorded.values()]
 
 
+class Asked(Known):
+    """What experts give for images that nobody knows beforehand: asked at each step, one expert in memory at a time."""
+
+    def __init__(self, experts: ExpertOutputs, vectors: TaskVectors) -> None:
+        super().__init__()
+        self.experts, self.vectors, self._loaded = experts, vectors, ""
+
+    @torch.no_grad()
+    def __call__(self, what: str, task: str, part: Mapping[str, Tensor] | None) -> list[Tensor] | None:
+        if what != "expert" or part is None:
+            return super().__call__(what, task, part)
+        if task != self._loaded:
+            self.experts.load(self.vectors.expert(task))
+            self._loaded = task
+        return self.experts(part["images"])
+
+
 def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
     """Let a run know, once per image that these steps take, what does not change during its phase.
 
     That is what the experts give, where the objective asks for it, and `same`: the features of the "merged" model or of
-    the "shared" expert.
+    the "shared" expert. Of images that are of no `Stream` nothing is known ahead: experts are asked as they come.
     """
     stream, objective = run.trainer.datamodule, run.phase.objective  # type: ignore[attr-defined]
+    teaches = "teacher" in objective.needs
+    if teaches:
+        experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
+        for task in run.suite.tasks:
+            run.teachers[task].to(run.device)
     if not isinstance(stream, Stream):
+        run.known = Asked(experts, vectors) if teaches else run.known
         return
     batches, per_step = stream.steps(), run.trainer.accumulate_grad_batches
 
@@ -155,10 +179,8 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
     if same is not None:
         for task in batches.datasets:
             keep(same, task, partial(features, task))
-    if "teacher" in objective.needs:
-        experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
+    if teaches:
         for task in batches.datasets:
-            run.teachers[task].to(run.device)
             experts.load(vectors.expert(task))
             keep("expert", task, experts)
     for part in objective.modules():

@@ -137,6 +137,6 @@ def _check(run: Adaptation, adapt: bool, task: str | None) -> None:
         raise InputError(f"no task is called {task!r}; the suite has {', '.join(run.suite.tasks)}")
     if task is None and run.task_id == "given":
         raise InputError("of which task are the images? Give task, or set model.init_args.task_id to inferred")
-    needs = set[str]().union(*(phase.objective.needs for phase in run.phases)) - {"task id"}
+    needs = set[str]().union(*(phase.objective.needs for phase in run.phases)) - {"task id", "teacher"}
     if adapt and needs:
         raise InputError(f"images as they come bring no {sorted(needs)[0]}: adapt with an objective such as Entropy")

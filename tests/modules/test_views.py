@@ -90,9 +90,9 @@ def test_what_is_known_is_not_computed(model, vectors, heads, images, calls):
     }
     asked = []
 
-    def known(what: str, task: str, index: Tensor) -> list[Tensor]:
+    def known(what: str, task: str, part: dict[str, Tensor]) -> list[Tensor]:
         asked.append((what, task))
-        return [values[index] for values in stored[what]]
+        return [values[part["index"]] for values in stored[what]]
 
     merged = MergedModel(model, vectors, Coefficients(), FeatureRouter(), features=DIM).eval()
     own = nn.Linear(DIM, 2).double()
@@ -114,7 +114,7 @@ def test_an_expert_without_a_head_of_its_own_has_the_merges(model, vectors, head
         {"images": images["a"], "index": torch.arange(2)},
         Pass(MergedModel(model, vectors, Coefficients()), images),
         heads,
-        known=lambda what, task, index: [features] if what == "expert" else None,
+        known=lambda what, task, part: [features] if what == "expert" else None,
     )
     assert_close(view.teacher.logits, heads["a"](features))
     assert view.raw.shape == (2, DIM)

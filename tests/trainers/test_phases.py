@@ -321,7 +321,8 @@ def test_the_teacher_is_the_expert(adapt, blocks):
             block.register_forward_hook(lambda block, args, tokens, means=means: means.append(tokens.mean(1)))
         index = looked_up(module, task)
         features = expert(suite.dataset(task, "test").batch(index)[0])
-        torch.testing.assert_close(module.known("expert", task, index), [features, *means], rtol=0, atol=1e-6)
+        found = module.known("expert", task, {"index": index})
+        torch.testing.assert_close(found, [features, *means], rtol=0, atol=1e-6)
 
 
 def looked_up(module: Adaptation, task: str) -> torch.Tensor:
@@ -345,6 +346,7 @@ def test_the_teacher_has_the_original_experts_and_heads(adapt):
     experts.load(suite.task_vectors().expert("two"))
     index = looked_up(module, "two")
     images, _ = suite.dataset("two", "test").batch(index)
-    torch.testing.assert_close(module.known("expert", "two", index)[0], experts(images)[0], rtol=0, atol=1e-6)
+    found = module.known("expert", "two", {"index": index})
+    torch.testing.assert_close(found[0], experts(images)[0], rtol=0, atol=1e-6)
     assert torch.equal(module.teachers["two"].weight, suite.head("two").weight)
     assert not torch.equal(module.heads["two"].weight, suite.head("two").weight)

@@ -51,7 +51,7 @@ def test_a_task_is_taught_by_its_own_expert_wherever_that_stands(adapt):
     kwargs["coefficients"] = Coefficients("model", init=0.0)
     pool, _ = adapt(suite=subset(["one"], POOL), steps=1, **kwargs)
     image = torch.arange(4)
-    assert_close(pool.known("expert", "one", image), one.known("expert", "one", image))
+    assert_close(pool.known("expert", "one", {"index": image}), one.known("expert", "one", {"index": image}))
 
 
 def test_a_router_finds_the_expert_of_a_task_by_its_place_in_the_pool(adapt):

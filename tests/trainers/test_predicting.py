@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_suite import TinySuite
 
 from adamerge import InputError
-from modules import Coefficients, PseudoLabels
+from modules import Coefficients, PseudoLabels, Supervised
 from trainers import Adaptation, ByEntropy
 from trainers.cli import main
 from trainers.predicting import predict
@@ -75,6 +75,27 @@ def test_an_adapting_run_predicts_each_image_before_it_learns_from_it_and_before
     assert lines(out)[0] == lines(tmp_path / "still.jsonl")[0]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_experts_teach_on_images_as_they_come(suite, tmp_path, known):
+    given = {"objective": PseudoLabels(), "optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
+    given |= {} if known else {"task_id": "inferred", "finder": ByEntropy()}
+    run, still = (Adaptation(suite, Coefficients("tensor"), **given) for _ in range(2))
+    predict(trainer(), run, images(), tmp_path / "out.jsonl", adapt=True, batch_size=7, task="one" if known else None)
+    still.configure_model()
+    x = suite.dataset("one", "test").batch(torch.arange(7))[0]
+    found = still.identify(x) if not known else torch.zeros(7, dtype=torch.int64)
+    for k in found.unique():
+        task, expert = suite.tasks[k], suite.backbone()
+        expert.load_state_dict(suite.task_vectors().expert(task))
+        with torch.no_grad():
+            still.known.keep("expert", task, [expert.eval()(x)])
+        batch = {task: {"images": x[found == k], "index": torch.where(found == k)[0]}}
+        still.losses(batch)[0][task].backward()
+    expected = still.coefficients.raw - 0.1 * still.coefficients.raw.grad
+    torch.testing.assert_close(run.coefficients.raw.data, expected.data)
+    assert not torch.equal(run.coefficients.raw, still.coefficients.raw)
+
+
 def test_a_folder_that_grows_is_read_when_its_files_are_whole(tmp_path, monkeypatch):
     def write(name: str, shade: int) -> None:
         Image.new("RGB", (4, 4), (shade, 0, 0)).save(tmp_path / name)
@@ -103,7 +124,7 @@ def test_standard_input_names_files(tmp_path, monkeypatch):
     [
         ({}, {}, "of which task are the images"),
         ({}, {"task": "four"}, "no task is called 'four'; the suite has one, two, three"),
-        ({"objective": PseudoLabels()}, {"task": "one", "adapt": True}, "bring no teacher"),
+        ({"objective": Supervised(), "allow_labels": True}, {"task": "one", "adapt": True}, "bring no labels"),
         ({}, {"task": "one", "batch_size": 0}, "batch_size must be positive, got 0"),
     ],
 )
