@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ STREAMS: dict[str, dict[str, Any]] = {
     "online": passing("Shuffled"),
     "task blocks": passing("TaskBlocks"),
     "class-correlated": passing("ClassCorrelated"),
-    "unseen tasks": {},
+    "unseen tasks": {"tasks": None},  # those that `--seen` names
     "task unknown": {**passing("Shuffled"), "task_known": False},
     **{
         f"corrupted {kind.__name__}": {
-            "corruptions": [{"class_path": f"adamerge.corruptions.{kind.__name__}", "init_args": {"severity": 3}}]
+            **passing("Shuffled"),
+            "corruptions": [{"class_path": f"adamerge.corruptions.{kind.__name__}", "init_args": {"severity": 3}}],
         }
         for kind in SEVEN
     },
@@ -64,24 +66,22 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs="*", help="after --, for every run, such as the suite's seed")
     given = parser.parse_args(args)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for guard in [] if given.tables else given.guards:
-        for stream in given.streams:
-            for method in given.methods:
-                cell = given.output / f"{stream} {method} {guard} {given.seed}".replace(" ", "_")
-                if not (cell / "cell.json").is_file():
-                    run(cell, stream, method, guard, given)
+    for stream, guard, method in product([] if given.tables else given.streams, given.guards, given.methods):
+        cell = given.output / name(stream, method, guard, given.seed)
+        if not (cell / "cell.json").is_file():
+            run(cell, stream, method, guard, given)
     show(given.output, given.seed)
 
 
 def run(cell: Path, stream: str, method: str, guard: str, given: argparse.Namespace) -> None:
     """One cell."""
-    data = settings(stream, method) | ({"tasks": given.seen} if stream == "unseen tasks" else {})
+    data = settings(stream, method) | ({"tasks": given.seen} if "tasks" in STREAMS[stream] else {})
     known = data.get("task_known", True)
     command = ["fit", f"--config={given.suite}", f"--config=configs/methods/{method}.yaml", f"--root={cell}"]
     command += [f"--trainer.max_steps={given.steps}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     command += [f"--seed_everything={given.seed}", f"--data.init_args.seed={given.seed}", "--report.figures=false"]
     command += ["--trainer.enable_progress_bar=false"]
-    command += [f"--data.init_args.{name}={json.dumps(value)}" for name, value in data.items()]
+    command += [f"--data.init_args.{field}={json.dumps(value)}" for field, value in data.items()]
     if not known:
         command += ["--model.init_args.task_id=inferred", "--model.init_args.finder=trainers.ByEntropy"]
     if guard == "guard":
@@ -91,9 +91,9 @@ def run(cell: Path, stream: str, method: str, guard: str, given: argparse.Namesp
         train([*command, *given.arguments])
     results = json.loads((cell / "run" / "results.json").read_text())
     rows = {row["method"]: row["accuracy"] for row in results["rows"]}
-    kept = {name: rows[name] for name in rows if name.startswith(("this run", "task arithmetic", "experts"))}
+    kept = {row: rows[row] for row in rows if row.startswith(("this run", "task arithmetic", "experts"))}
     seconds = round(time.monotonic() - began, 1)
-    more = {name: results.get(name) for name in ("steps", "guards", "unseen_tasks")}
+    more = {what: results.get(what) for what in ("steps", "guards", "unseen_tasks")}
     write_text(cell / "cell.json", json.dumps({"stream": stream, "rows": kept, "seconds": seconds, **more}))
     _say(f"{cell.name}: {seconds} s")
 
@@ -102,19 +102,25 @@ def settings(stream: str, method: str) -> dict[str, Any]:
     """The arguments of the stream; a router that learns from training images adapts on them, whatever comes."""
     if method != "twin":
         return STREAMS[stream]
-    return {name: value for name, value in STREAMS[stream].items() if name in ("tasks", "corruptions")}
+    return {field: value for field, value in STREAMS[stream].items() if field in ("tasks", "corruptions")}
+
+
+def name(stream: str, method: str, guard: str, seed: int) -> str:
+    """The folder of a cell; streams that are the same to a method share one."""
+    same = next(each for each in STREAMS if settings(each, method) == settings(stream, method))
+    return f"{same} {method} {guard} {seed}".replace(" ", "_")
 
 
 def show(folder: Path, seed: int) -> None:
     """Average accuracy in %, stream by stream; of the seven corruptions, their mean."""
-    names = list(dict.fromkeys(name.split()[0] if name.startswith("corr") else name for name in STREAMS))
+    names = list(dict.fromkeys(each.split()[0] if each.startswith("corr") else each for each in STREAMS))
     for title, row in (("as it passes", "this run, online"), ("at the end", "this run, adapted")):
         _say(f"\n{title}\n| stream | start | " + " | ".join(f"{m} | guarded" for m in METHODS) + " |")
         _say("|---" + "|---:" * (1 + 2 * len(METHODS)) + "|")
-        for name in names:
-            start = _mean(folder, name, "adamerging", "none", seed, "this run, start")
-            cells = [_mean(folder, name, m, g, seed, row) for m in METHODS for g in ("none", "guard")]
-            _say("| " + " | ".join([name, start, *cells]) + " |")
+        for each in names:
+            start = _mean(folder, each, "adamerging", "none", seed, "this run, start")
+            cells = [_mean(folder, each, m, g, seed, row) for m in METHODS for g in ("none", "guard")]
+            _say("| " + " | ".join([each, start, *cells]) + " |")
 
 
 def _say(line: str) -> None:
@@ -128,9 +134,9 @@ def _mean(folder: Path, stream: str, method: str, guard: str, seed: int, row: st
 
 
 def _scores(folder: Path, stream: str, method: str, guard: str, seed: int, row: str) -> Iterator[float]:
-    for name in STREAMS:
-        path = folder / f"{name} {method} {guard} {seed}".replace(" ", "_") / "cell.json"
-        if name.split()[0 : len(stream.split())] == stream.split() and path.is_file():
+    for each in STREAMS:
+        path = folder / name(each, method, guard, seed) / "cell.json"
+        if each.split()[0 : len(stream.split())] == stream.split() and path.is_file():
             rows = json.loads(path.read_text())["rows"]
             scores = rows.get(row, rows["this run, adapted"] if row.endswith("online") else {})
             if scores:
