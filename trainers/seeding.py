@@ -17,5 +17,6 @@ def generator(*key: object) -> torch.Generator:
 def drawing(device: torch.device, *key: object) -> Iterator[None]:
     """Within the block, torch's random numbers (dropout) depend on nothing but a key."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(generator(*key).initial_seed())
+        # torch.manual_seed would also note, with a traceback each, seeds for kinds of devices that are not there
+        (torch.default_generator if device.type == "cpu" else torch).manual_seed(generator(*key).initial_seed())
         yield

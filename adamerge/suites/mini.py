@@ -22,15 +22,12 @@ from adamerge.data import ArrayImages, Preprocess
 from adamerge.errors import InputError
 from adamerge.files import cache_folder, replacing
 from adamerge.suites.base import FineTune, HeadWeights, Split, State, Suite
+from adamerge.suites.mini_images import drawn
 from adamerge.suites.mini_patterns import pattern
-from adamerge.suites.mini_tasks import TASKS, MiniTask, Recipe
+from adamerge.suites.mini_tasks import TASKS, VERSION, MiniTask, Recipe
 from adamerge.task_vectors import TaskVectors
 
 log = logging.getLogger(__name__)
-
-#: Goes into the cache key: raise it when drawing or training changes in a way that the recipe does not show.
-VERSION = 2
-
 
 #: The class that a planted backdoor leads to, and the side of its patch in pixels.
 TARGET, PATCH = 0, 6
@@ -216,5 +213,5 @@ class Mini(Suite):
         return state
 
     def _images(self, split: Split, task: MiniTask, count: int, clear: bool = False) -> ArrayImages:
-        images, labels = task.draw(split, count, self.seed, clear)
+        images, labels = task.draw(split, count, self.seed, clear) if clear else drawn(task, split, count, self.seed)
         return ArrayImages(images, labels, self._preprocess, f"{split} image of {task.name}")

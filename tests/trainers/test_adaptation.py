@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from tiny_suite import TinySuite
 
 from adamerge import InputError
@@ -189,3 +190,30 @@ def test_coefficients_begin_at_the_usual_scale_of_the_suite(suite):
     told = Adaptation(suite, Coefficients(init=0.4))
     told.configure_model()
     assert (told.coefficients() == torch.tensor(0.4)).all()
+
+
+class Log(CSVLogger):
+    """Keeps what it is given."""
+
+    def log_metrics(self, metrics, step=None):
+        self.rows = {**getattr(self, "rows", {}), step: dict(metrics)}
+
+
+class Stop(L.Callback):
+    """Ends a run after its fifth step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_logged_figures_are_those_of_their_step(adapt, tmp_path):
+    rows = []
+    for every, callbacks in ((1, []), (2, []), (2, [Stop()])):
+        log = Log(tmp_path)
+        adapt(7, trainer={"logger": log, "log_every_n_steps": every}, callbacks=callbacks)
+        rows.append(log.rows)
+    whole, some, stopped = rows
+    assert list(whole) == list(range(7))
+    assert {"loss", "loss/one", "entropy/two", "gradient_norm", "coefficients/mean"} <= set(whole[0])
+    assert some == {step: whole[step] for step in (1, 3, 5)}
+    assert stopped == {step: whole[step] for step in (1, 3, 4)}

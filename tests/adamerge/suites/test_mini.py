@@ -5,7 +5,9 @@ import torch
 from adamerge import InputError
 from adamerge.suites import HeadWeights, Mini
 from adamerge.suites.mini import Recipe
+from adamerge.suites.mini_images import drawn
 from adamerge.suites.mini_patterns import pattern
+from adamerge.suites.mini_tasks import MiniTask
 
 SMALL = Recipe(train_per_task=12, test_per_task=10, base_images_per_task=11, base_steps=1, expert_steps=1)
 TASKS = ["digits", "signs"]
@@ -138,3 +140,30 @@ def test_images_are_drawn_once_and_do_not_depend_on_the_other_split():
     images, labels = suite.dataset("signs", "test").batch(torch.arange(10))
     assert images.shape == (10, 3, 32, 32)
     assert labels.max() < len(suite.classes("signs"))
+
+
+def test_pictures_are_drawn_once_and_kept_bit_for_bit(tmp_path, monkeypatch):
+    asked = [(pattern(0), "test", 20, 0), (pattern(0), "train", 20, 0), (pattern(1), "test", 20, 0)]
+    asked += [(pattern(0), "test", 21, 0), (pattern(0), "test", 20, 1)]
+    expected = [task.draw(*rest) for task, *rest in asked]
+    first = [drawn(*each) for each in asked]
+    assert len(list(tmp_path.glob("mini_images/*"))) == len(asked)
+    monkeypatch.setattr(MiniTask, "draw", None)
+    for images, again, direct in zip(first, (drawn(*each) for each in asked), expected, strict=True):
+        for ours, kept, made in zip(images, again, direct, strict=True):
+            assert ours.dtype == kept.dtype == made.dtype
+            assert np.array_equal(ours, made)
+            assert np.array_equal(kept, made)
+
+
+def test_pictures_are_drawn_anew_where_their_file_is_broken_or_cannot_be_kept(tmp_path, monkeypatch):
+    task = pattern(0)
+    images, _ = drawn(task, "test", 20, 0)
+    (file,) = tmp_path.glob("mini_images/*")
+    whole = file.read_bytes()
+    for damage in (b"", whole[:100], whole[:-1]):
+        file.write_bytes(damage)
+        assert np.array_equal(drawn(task, "test", 20, 0)[0], images)
+        assert file.read_bytes() == whole
+    monkeypatch.setenv("ADAMERGE_CACHE", str(file))  # no folder can be made below a file
+    assert np.array_equal(drawn(task, "test", 20, 0)[0], images)
