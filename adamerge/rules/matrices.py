@@ -88,8 +88,16 @@ class MatrixTransform(PerTensor[None]):
 
 def rounding(stack: Stack) -> float:
     """Below this, singular values of Σₖ Δₖ are what rounding the weights leaves: ε (|θ₀| + maxₖ |Δₖ|)."""
-    base, *deltas = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (stack.base, *stack.deltas))
+    base, *deltas = (float(torch.linalg.vector_norm(each)) for each in (stack.base, *stack.deltas))
     return torch.finfo(stack.deltas.dtype).eps * (base + max(deltas))
+
+
+def total(deltas: Tensor) -> Tensor:
+    """Σₖ Δₖ in float64, [m, n] of [K, m, n]: `sum` with another dtype takes as long as a decomposition."""
+    out = deltas[0].to(torch.float64, copy=True)
+    for delta in deltas[1:]:
+        out += delta
+    return out
 
 
 def batches(deltas: Tensor) -> tuple[Tensor, ...]:

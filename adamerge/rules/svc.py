@@ -14,12 +14,12 @@ def calibrated(deltas: Tensor, change: Tensor, floor: float, name: str, least: f
     left, values, right = leading(change, min(change.shape), name)
     merged = values.unsqueeze(1) * right
     total, count = torch.zeros_like(values), torch.zeros_like(values)
-    basis = left.to(deltas.dtype)
+    basis, own = left.to(deltas.dtype), torch.empty_like(merged)
     for delta in deltas:
-        own = (basis.mT @ delta).double()
-        squares = own.square().sum(1)
+        own.copy_(basis.mT @ delta)
+        squares = torch.linalg.vecdot(own, own)
         there = squares.sqrt() > max(least, RESOLUTION * float(squares.sum().sqrt()))
-        ratio = (merged * own).sum(1) / torch.where(there, squares, 1)
+        ratio = torch.linalg.vecdot(merged, own) / torch.where(there, squares, 1)
         total += torch.where(there, ratio.clamp(min=floor), 0)
         count += there
     factor = torch.where(count > 0, count / torch.where(count > 0, total, 1), 1)
