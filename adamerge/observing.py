@@ -28,11 +28,13 @@ class Observation:
         shared: weights whose inputs are always those of another (queries, keys and values): its name. Statistics of
             inputs are kept under that one alone.
         transposed: weights [in, out], as GPT-2 has them.
+        signatures: by parameter, a number that tells its weights from others (`adamerge.provenance.signature`).
     """
 
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    signatures: Mapping[str, float] = field(default_factory=dict)
 
     def key(self, measure: Measure, name: str) -> str:
         """Where a statistic of a parameter is kept: for a part of fused queries, keys and values, that of the whole."""
