@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from adamerge.batches import Logits, call, each, output_logits, wide
 from adamerge.errors import InputError
-from adamerge.observing import Observation
 from adamerge.statistics import Statistics, load
 
 
@@ -49,8 +49,5 @@ def with_agreement(
             cosines = F.cosine_similarity(answers(task), own) if task != judge else own.new_ones(1)
             found[task][f"agreement/{judge}"] = cosines.mean()
     return Statistics(
-        {
-            task: Observation({**each.tensors, **found[task]}, each.shared, each.transposed)
-            for task, each in statistics.observations.items()
-        }
+        {task: replace(each, tensors={**each.tensors, **found[task]}) for task, each in statistics.observations.items()}
     )

@@ -39,6 +39,18 @@ def masks_of(batch: Any) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name.endswith("attention_mask") and value.dim() == 2}
 
 
+def tokens(x: Tensor, masks: Mapping[str, Tensor], name: str) -> Tensor:
+    """[tokens, in] of inputs [B, in] or [B, T, in] (or [B · T, in]), without padding."""
+    fits = [
+        mask for mask in masks.values()
+        if (x.dim() > 2 and mask.shape == x.shape[:-1]) or (x.dim() == 2 and len(x) == mask.numel() != len(mask))
+    ]  # fmt: skip
+    if any(not torch.equal(mask, fits[0]) for mask in fits[1:]):
+        raise InputError(f"{' and '.join(masks)} both fit the inputs of {name}: pad them to different lengths")
+    rows = x.flatten(0, -2)
+    return rows[fits[0].flatten().bool()] if fits else rows
+
+
 def size(batch: Any) -> int:
     """How many examples a batch has."""
     if isinstance(batch, Tensor):

@@ -187,7 +187,7 @@ def _truncate(matrix: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     if exact.shape[0] < exact.shape[1]:
         right, left = _truncate(matrix.T, rank, name)
         return left.T.contiguous(), right.T.contiguous()
-    basis = right_vectors(exact, name)[:, :rank]
+    basis = right_vectors(exact, name)[1][:, :rank]
     return (exact @ basis).to(matrix.dtype), basis.T.to(matrix.dtype).contiguous()
 
 

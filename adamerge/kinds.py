@@ -21,6 +21,9 @@ Kind = Literal["parameter", "statistics", "constant"]
 Role = Literal["embedding", "head", "final", "qkv"]
 
 _STATISTICS = re.compile(r"(^|\.)running_(mean|var)$")
+_TABLE = re.compile(
+    r"(^|\.)(wte|wpe|shared|relative_attention_bias|relative_position_bias_table|(?!patch)\w*embed(?!_out)\w*)(\.weight)?$"
+)
 _INDEX = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 
 
@@ -70,6 +73,11 @@ def role(name: str) -> Role | None:
         if any(re.search(rf"(^|\.)({getattr(family, which)})$", name) for family in FAMILIES if getattr(family, which)):
             return which  # type: ignore[return-value]
     return None
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor's rows are looked up, by token or position or type, where no layer multiplies it."""
+    return _TABLE.search(name) is not None
 
 
 def block_of(names: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,9 @@ from adamerge.errors import InputError
 #: Relative to the largest singular value: below it, a Gram matrix in float64 tells nothing.
 RESOLUTION = 1e-7
 
+#: Relative to the largest singular value: where all are above it, (ΔᵀΔ)^-½ alone is exact to 10⁻¹⁰.
+WELL_CONDITIONED = 2e-3
+
 #: Below this singular value of unit vectors side by side, some coincide: a polar factor would make up other directions.
 COINCIDE = 1e-3
 
@@ -28,7 +31,7 @@ def leading(matrix: Tensor, rank: int, name: str, least: Tensor | float = 0.0) -
         right, values, left = leading(matrix.mT, rank, name, least)
         return left.mT, values, right.mT
     matrix = matrix.double()
-    vectors = right_vectors(matrix, name)[..., :rank]
+    vectors = right_vectors(matrix, name)[1][..., :rank]
     left, values = _left_vectors(matrix, vectors, least)
     return left, values, torch.where(values.unsqueeze(-1) > 0, vectors.mT, 0)
 
@@ -42,7 +45,10 @@ def polar(matrix: Tensor, name: str, least: Tensor | float = 0.0) -> tuple[Tenso
         factor, values = polar(matrix.mT, name, least)
         return factor.mT, values
     matrix = matrix.double()
-    vectors = right_vectors(matrix, name)
+    rough, vectors = right_vectors(matrix, name)
+    bound = torch.maximum(WELL_CONDITIONED * rough[..., 0], torch.as_tensor(least).to(rough))
+    if bool((rough[..., -1] > bound).all()):
+        return matrix @ ((vectors / rough.unsqueeze(-2)) @ vectors.mT), rough
     left, values = _left_vectors(matrix, vectors, least)
     # U is orthonormal up to the Gram matrix's rounding, UᵀU = I + E. To first order in E, the polar factor of
     # U Σ Vᵀ is U (I − E ∘ C) Vᵀ with Cᵢⱼ = σᵢ / (σᵢ + σⱼ), which leaves the square of that rounding.
@@ -53,15 +59,17 @@ def polar(matrix: Tensor, name: str, least: Tensor | float = 0.0) -> tuple[Tenso
     return left @ (vectors.mT - (overlap * share) @ vectors.mT), values
 
 
-def right_vectors(matrix: Tensor, name: str) -> Tensor:
-    """V [..., n, n] of tall matrices [..., m, n] in float64, by falling singular value."""
+def right_vectors(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """σ [..., n], falling, and V [..., n, n] of tall matrices [..., m, n] in float64; small σ are lost in rounding."""
     try:
-        return torch.linalg.eigh(matrix.mT @ matrix).eigenvectors.flip(-1)
+        squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+        return squares.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         message = f"{name}: no eigendecomposition of its Gram matrix was found, a slower singular value one is tried"
         warnings.warn(message, stacklevel=4)
     try:
-        return torch.linalg.svd(matrix, full_matrices=False).Vh.mT
+        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return values, right.mT
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(f"{name} has no singular value decomposition here; leave it out: {error}") from error
 

@@ -12,6 +12,7 @@ from adamerge.rules import Correction, ElectSign, Rule, TaskArithmetic, Transfor
 from adamerge.rules.base import check_transforms
 from adamerge.rules.combining import MergedState, in_memory
 from adamerge.scales import Scale, matching
+from adamerge.statistics import Informed
 from adamerge.task_vectors import TaskVectors
 
 #: What a list of rules may hold.
@@ -65,6 +66,10 @@ def plan(
     """
     transforms, rule, corrections = stages(rules)
     rule.check(task_vectors.tasks)
+    for step in rules:
+        if isinstance(step, Informed):
+            step.check(task_vectors.tasks)
+            step.examine(task_vectors)
     if exclude:
         names = list(task_vectors.base)
         task_vectors = task_vectors.without(name for pattern in exclude for name in matching(pattern, names))

@@ -9,7 +9,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from adamerge.batches import Likelihoods, Logits, Targets, call, each, example, masks_of, output_logits, size, wide
+from adamerge.attention import as_queries, attentions, out_proj, projecting
+from adamerge.batches import (
+    Likelihoods,
+    Logits,
+    Targets,
+    call,
+    each,
+    example,
+    masks_of,
+    output_logits,
+    size,
+    tokens,
+    wide,
+)
 from adamerge.errors import InputError
 
 #: What can be measured; see `observe`, `adamerge.agreement` for how experts agree, `adamerge.selecting` for shares.
@@ -28,11 +41,13 @@ class Observation:
         shared: weights whose inputs are always those of another (queries, keys and values): its name. Statistics of
             inputs are kept under that one alone.
         transposed: weights [in, out], as GPT-2 has them.
+        signatures: by parameter, a number that tells its weights from others (`adamerge.provenance.signature`).
     """
 
     tensors: Mapping[str, Tensor]
     shared: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    signatures: Mapping[str, float] = field(default_factory=dict)
 
     def key(self, measure: Measure, name: str) -> str:
         """Where a statistic of a parameter is kept: for a part of fused queries, keys and values, that of the whole."""
@@ -80,8 +95,7 @@ def observe(
     | `sensitivity` | every parameter that has a gradient | |Σ θ · ∂ log p / ∂θ|, a scalar, of the mean over examples  |
 
     Of `nn.MultiheadAttention`, `in_proj_weight` is measured as far as its inputs go, where queries, keys and values are
-    one tensor. It applies its other weights without calling a module: nothing is measured of them, `out_proj` among
-    them.
+    one tensor, and `out_proj.weight` as any linear layer.
 
     log p is the log-likelihood of `targets`, summed over the positions of a sequence. Padding does not count: tokens
     where an `attention_mask` of the batch is 0. The model should be in evaluation mode; it is not changed.
@@ -129,10 +143,11 @@ class _Sums:
         modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
         modules = {name: module for name, module in modules.items() if layers is None or name in layers}
         self.linear = {name: module for name, module in modules.items() if _is_linear(module)}
+        self.attention = attentions(model)
         norms = {name: module for name, module in modules.items() if "magnitude" in measures and _is_norm(module)}
-        attention = {f"{name}.in_proj_weight".lstrip("."): m for name, m in model.named_modules() if _is_fused(m)}
-        attention = {name: module for name, module in attention.items() if layers is None or name in layers}
-        self.hooked, self.of_inputs = self.linear | norms | attention, self.linear | attention
+        fused = {f"{name}.in_proj_weight".lstrip("."): m for name, m in self.attention.items() if _is_fused(m)}
+        fused = {name: module for name, module in fused.items() if layers is None or name in layers}
+        self.hooked, self.of_inputs = self.linear | norms | fused, self.linear | fused
         self._last: tuple[Any, int, str] = (None, -1, "")
 
     def add(self, key: str, value: Tensor) -> None:
@@ -145,17 +160,29 @@ class _Sums:
     def add_activations(self, batch: Any, likelihoods: "Likelihoods") -> None:
         masks = masks_of(batch)
         outputs: list[tuple[str, Tensor]] = []
+
+        def seen(name: str, x: Tensor, y: Tensor) -> None:
+            self._input(name, x, masks)
+            if "output_gram" in self.measures and name in self.linear:
+                outputs.append((name, y))
+
         with ExitStack() as hooks, torch.set_grad_enabled("output_gram" in self.measures):
             for name, module in self.hooked.items():
 
                 def hook(module: nn.Module, given: Any, output: Tensor, name: str = name) -> None:
-                    if isinstance(module, nn.MultiheadAttention) and not given[0] is given[1] is given[2]:
-                        return
-                    self._input(name, given[0], masks)
-                    if "output_gram" in self.measures and name in self.linear:
-                        outputs.append((name, output))
+                    if not isinstance(module, nn.MultiheadAttention) or given[0] is given[1] is given[2]:
+                        seen(name, given[0], output)
 
                 hooks.callback(module.register_forward_hook(hook).remove)
+            projected = hooks.enter_context(projecting(self.model))
+            for name, module in self.attention.items():
+
+                def after(module: Any, given: Any, output: Any, name: str = out_proj(name)) -> None:
+                    x, y = projected.pop(name)
+                    if name in self.linear:
+                        seen(name, as_queries(x, given[0], module.batch_first), y)
+
+                hooks.callback(module.register_forward_hook(after).remove)
             output = call(self.model, batch)
         self._last = (None, -1, "")
         if outputs:
@@ -169,7 +196,7 @@ class _Sums:
                         self.add(f"output_gram/{name}", rows.T @ rows)
 
     def _input(self, name: str, x: Tensor, masks: Mapping[str, Tensor]) -> None:
-        rows = wide(_tokens(x.detach(), masks, name))
+        rows = wide(tokens(x.detach(), masks, name))
         seen, self.tokens[name] = name in self.tokens, self.tokens.get(name, 0) + len(rows)
         last, last_version, source = self._last
         alike = (name in self.of_inputs) == (source in self.of_inputs)
@@ -234,15 +261,3 @@ def _is_fused(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-
-
-def _tokens(x: Tensor, masks: Mapping[str, Tensor], name: str) -> Tensor:
-    """[tokens, in] of inputs [B, in] or [B, T, in] (or [B · T, in]), without padding."""
-    fits = [
-        mask for mask in masks.values()
-        if (x.dim() > 2 and mask.shape == x.shape[:-1]) or (x.dim() == 2 and len(x) == mask.numel() != len(mask))
-    ]  # fmt: skip
-    if any(not torch.equal(mask, fits[0]) for mask in fits[1:]):
-        raise InputError(f"{' and '.join(masks)} both fit the inputs of {name}: pad them to different lengths")
-    rows = x.flatten(0, -2)
-    return rows[fits[0].flatten().bool()] if fits else rows

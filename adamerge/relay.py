@@ -14,7 +14,7 @@ from adamerge.observing import Observation, observe
 from adamerge.rules.combining import MergedState, combined
 from adamerge.rules.linear import Mean
 from adamerge.rules.regmean import RegMeanPlusPlus
-from adamerge.statistics import Statistics, load
+from adamerge.statistics import Statistics, load, signatures
 from adamerge.task_vectors import TaskVectors
 
 
@@ -54,11 +54,15 @@ def collect_through(
     for block in dict.fromkeys(blocks[name] for name in layers):
         names = [name for name in task_vectors.deltas if blocks[name] == block]
         for k, task in enumerate(tasks):
-            load(model, merged | _tied(task_vectors, {name: _own(task_vectors, name, k) for name in names}), task)
+            own = {name: _own(task_vectors, name, k) for name in names}
+            load(model, merged | _tied(task_vectors, own), task)
             seen = observe(model, batches[task](), ("merged_gram",), layers=names)
             old = found[task]
             found[task] = Observation(
-                {**old.tensors, **seen.tensors}, {**old.shared, **seen.shared}, old.transposed | seen.transposed
+                {**old.tensors, **seen.tensors},
+                {**old.shared, **seen.shared},
+                old.transposed | seen.transposed,
+                {**old.signatures, **signatures(seen, own)},
             )
         rule = copy.copy(rule)
         rule.statistics = Statistics(found)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
@@ -19,7 +20,8 @@ from adamerge.errors import InputError
 from adamerge.files import cache_folder, replacing
 from adamerge.fingerprint import fingerprint
 from adamerge.observing import Measure, Observation, observe
-from adamerge.task_vectors import BASE
+from adamerge.provenance import examine, signature
+from adamerge.task_vectors import BASE, TaskVectors
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,14 @@ class Informed:
         """Raise InputError for experts of which something was not measured."""
         self.opened().check(self.measures, (BASE,) if self.of_base else tasks, type(self).__name__)
 
+    def examine(self, task_vectors: TaskVectors) -> None:
+        """Raise InputError for statistics of another model, or of other weights than these experts have.
+
+        Args:
+            task_vectors: before any transform.
+        """
+        examine(self.opened(), self.measures, task_vectors, self.of_base, type(self).__name__)
+
     def opened(self) -> Statistics:
         """The statistics; raises InputError where there are none."""
         if self.statistics is None:
@@ -165,12 +175,19 @@ def collect(
             log.info("Measuring %s of expert %s", ", ".join(measures), task)
             load(model, state, task)
             finds = logits[task] if isinstance(logits, Mapping) else logits
-            found[task] = observe(model, batches[task](), measures, targets, finds, seed)
+            seen = observe(model, batches[task](), measures, targets, finds, seed)
+            found[task] = replace(seen, signatures=signatures(seen, state))
             if path is None:
                 continue
             write_observation(found[task], path)
         found[task] = read_observation(path)
     return Statistics(found)
+
+
+def signatures(observation: Observation, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the weights of which something was measured, so that no other expert takes it for its own."""
+    names = dict.fromkeys(key.split("/", 1)[1] for key in observation.tensors)
+    return {name: signature(state[name]) for name in names if name in state}
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], task: str) -> None:
@@ -183,7 +200,11 @@ def load(model: nn.Module, state: Mapping[str, Tensor], task: str) -> None:
 
 def write_observation(observation: Observation, path: Path) -> None:
     """Write one as a safetensors file."""
-    header = {"shared": json.dumps(dict(observation.shared)), "transposed": json.dumps(sorted(observation.transposed))}
+    header = {
+        "shared": json.dumps(dict(observation.shared)),
+        "transposed": json.dumps(sorted(observation.transposed)),
+        "signatures": json.dumps(dict(observation.signatures)),
+    }
     tensors = {key: observation.tensors[key].cpu().contiguous() for key in observation.tensors}
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, header)
@@ -196,4 +217,5 @@ def read_observation(path: Path) -> Observation:
         header = file.metadata() or {}
     if "shared" not in header:
         raise InputError(f"{path} holds no statistics that adamerge has collected")
-    return Observation(tensors, json.loads(header["shared"]), frozenset(json.loads(header["transposed"])))
+    shared, transposed = json.loads(header["shared"]), frozenset(json.loads(header["transposed"]))
+    return Observation(tensors, shared, transposed, json.loads(header.get("signatures", "{}")))

@@ -14,6 +14,8 @@ from adamerge.drawing import save, style
 from adamerge.inspecting.geometry import Geometry, ratio
 from adamerge.inspecting.spectra import Spectrum
 
+#: Tables whose entries all stay below it are pale all over.
+_PALEST = 0.2
 _INK, _PALE = "#c0392b", "#b9c4cf"
 
 
@@ -108,7 +110,7 @@ def _energy(values: torch.Tensor, at: np.ndarray) -> np.ndarray:
 def _heat(axes: Axes, table: np.ndarray, tasks: Sequence[str], label: str, figure: Figure) -> None:
     """A symmetric table of pairs with its numbers, coloured by the spread off the diagonal."""
     beside = ~np.eye(len(tasks), dtype=bool)
-    spread = max(float(np.abs(table[beside]).max()), 0.05)
+    spread = max(float(np.abs(table[beside]).max()), _PALEST)
     shown = np.where(beside, table, np.nan)
     image = axes.imshow(shown, cmap="RdBu_r", norm=TwoSlopeNorm(0, -spread, spread), interpolation="nearest")
     for i, j in zip(*np.nonzero(beside), strict=True):

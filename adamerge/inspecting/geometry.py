@@ -31,6 +31,7 @@ class Geometry:
         changed: entries with τₖ ≠ 0, [B, K].
         against: those of them whose sign is the minority's, [B, K]; half of them where the experts are divided evenly.
         signs: Σ sgn τᵢ sgn τⱼ, entries of equal sign less those of opposite signs, [B, K, K].
+        squares: Σ τᵢ² τⱼ², [B, K, K].
     """
 
     tasks: tuple[str, ...]
@@ -44,11 +45,18 @@ class Geometry:
     changed: Tensor
     against: Tensor
     signs: Tensor
+    squares: Tensor
 
     @property
     def cosines(self) -> Tensor:
         """cos(τᵢ, τⱼ) by block, [B, K, K]; 0 for an expert that did not change a block."""
         return correlations(self.gram)
+
+    @property
+    def noise(self) -> Tensor:
+        """The cosines' standard deviation by block, were signs tossed for every entry: a few entries decide little."""
+        norms = self.norms
+        return ratio(self.squares.sqrt(), norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
     @property
     def cosine(self) -> Tensor:
@@ -152,10 +160,11 @@ def tally(base: Tensor, deltas: Tensor) -> list[Tensor]:
     against_mass = (mass - deltas @ deltas.sum(0).sign()) / 2
     against = (changed - signs @ signs.sum(0).sign()) / 2
     entries = torch.tensor(float(base.numel()), dtype=torch.float64)
-    gram = deltas @ deltas.mT
-    return [entries, base.square().sum(), gram, deltas.sum(1), mass, against_mass, changed, against, signs @ signs.mT]
+    sums = [deltas.sum(1), mass, against_mass, changed, against, signs @ signs.mT]
+    squares = sizes.square_()
+    return [entries, base.square().sum(), deltas @ deltas.mT, *sums, squares @ squares.mT]
 
 
 def _nothing(tasks: int) -> list[Tensor]:
-    shapes = [(), (), (tasks, tasks), *[(tasks,)] * 5, (tasks, tasks)]
+    shapes = [(), (), (tasks, tasks), *[(tasks,)] * 5, *[(tasks, tasks)] * 2]
     return [torch.zeros(0, *shape, dtype=torch.float64) for shape in shapes]

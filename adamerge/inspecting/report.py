@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
+from rich.padding import Padding
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,7 @@ from adamerge.fused import split
 from adamerge.inspecting import verdict
 from adamerge.inspecting.geometry import Geometry, measure, ratio
 from adamerge.inspecting.spectra import Spectrum, decompose_all, evenly, matrices
-from adamerge.inspecting.verdict import Finding, Topic, against, findings
+from adamerge.inspecting.verdict import Finding, Topic, against, findings, percent
 from adamerge.preflight import memory, passes
 from adamerge.recipes import Job
 from adamerge.scales import matching
@@ -125,8 +126,8 @@ def show(inspection: Inspection) -> RenderableType:
     for topic, heading in _HEADINGS.items():
         sentences = [finding.text for finding in inspection.findings if finding.topic == topic]
         if sentences:
-            parts += [Text(heading, style="bold"), *(Text(f"  {sentence}") for sentence in sentences)]
-    parts += [Text("What it takes", style="bold"), *(Text(f"  {line}") for line in costs(inspection))]
+            parts += _section(heading, sentences)
+    parts += _section("What it takes", costs(inspection))
     return Group(*parts, Text("These are hints from weights alone: held-out data decide."))
 
 
@@ -157,6 +158,10 @@ def costs(inspection: Inspection) -> list[str]:
     return lines
 
 
+def _section(heading: str, sentences: Sequence[str]) -> list[RenderableType]:
+    return [Text(heading, style="bold"), *(Padding(Text(sentence), (0, 0, 0, 2)) for sentence in sentences)]
+
+
 def _experts(geometry: Geometry) -> Table:
     table = _table("expert", "norm", "of the base's", "sum's reach", "minority sign", "against the sum")
     rows = (
@@ -168,7 +173,7 @@ def _experts(geometry: Geometry) -> Table:
     )
     for task, *values in zip(geometry.tasks, *(row.tolist() for row in rows), strict=True):
         norm, relative, reach, share, weighted = values
-        table.add_row(task, f"{norm:.3g}", f"{relative:.2%}", f"{reach:.2f}", f"{share:.1%}", f"{weighted:.1%}")
+        table.add_row(task, f"{norm:.3g}", percent(relative), verdict.two(reach), percent(share), percent(weighted))
     return table
 
 
@@ -180,7 +185,9 @@ def _cosines(geometry: Geometry) -> Table:
 
 
 def _blocks(geometry: Geometry, spectra: Sequence[Spectrum]) -> Table:
-    table = _table("block", "lowest cosine", "of", "mean norm", "minority sign", "against the sum", "interference")
+    table = _table(
+        "block", "lowest cosine", "of", "mean norm", "minority sign", "against the sum", "interference / chance"
+    )
     names, several = verdict.pair_names(geometry.tasks), len(geometry.tasks) > 1
     cosines = verdict.pairs(geometry.cosines)
     shares = ratio(geometry.against.sum(1), geometry.changed.sum(1)).tolist()
@@ -188,9 +195,9 @@ def _blocks(geometry: Geometry, spectra: Sequence[Spectrum]) -> Table:
     for b, block in enumerate(geometry.blocks):
         lowest = (verdict.two(cosines[b].min()), names[int(cosines[b].argmin())]) if several else ("", "")
         found = [spectrum.relative_interference for spectrum in spectra if spectrum.block == block]
-        shared = f"{sum(found) / len(found):.1f}" if found else ""
+        shared = f"{sum(found) / len(found):.1f} × chance" if found else ""
         norm = f"{geometry.norms[b].mean():.3g}"
-        table.add_row(block, *lowest, norm, f"{shares[b]:.1%}", f"{weighted[b]:.1%}", shared)
+        table.add_row(block, *lowest, norm, percent(shares[b]), percent(weighted[b]), shared)
     return table
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.inspecting.geometry import ratio
-from adamerge.kinds import block_of, kind, role
+from adamerge.kinds import block_of, kind
 from adamerge.linalg import leading
+from adamerge.rules.matrices import LINEAR
 from adamerge.task_vectors import TaskVectors
 
 #: Below this share of the largest, a singular value has less than a millionth of its energy, and its vectors may come
@@ -122,13 +123,12 @@ def interference(lefts: Sequence[Tensor], values: Sequence[Tensor], rights: Sequ
 
 
 def matrices(task_vectors: TaskVectors) -> list[str]:
-    """Weights of linear layers, as far as names and shapes tell: two axes, no token table, no positions."""
+    """Weights of linear layers, as far as names and shapes tell: two axes, no table of tokens or positions."""
     likes = {name: meta(task_vectors.base, name) for name in task_vectors.deltas}
     return [
         name
         for name, like in likes.items()
-        if like.dim() == 2 and min(like.shape) > 1 and kind(name, like) == "parameter"
-        if role(name) != "embedding" and "position" not in name and "pos_emb" not in name
+        if LINEAR.match(name, like.shape) and min(like.shape) > 1 and kind(name, like) == "parameter"
     ]
 
 

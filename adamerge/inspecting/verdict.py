@@ -22,6 +22,8 @@ ELSEWHERE = 1.0
 FAR = 0.1
 #: Cosine below which two experts fight: at −0.1 and equal norms, adding the one takes back a tenth of the other's way.
 FIGHT = -0.1
+#: Standard deviations of chance that a fight in a block must also go beyond: blocks of a few large entries have many.
+CLEAR = 3.0
 #: A block's share of a pair's movement, Σ ‖τᵢ‖ ‖τⱼ‖, below which a fight in it is a footnote.
 SMALL = 0.01
 #: Mean cosine from which experts count as versions of one task: at 0.3, the sum of 8 goes 1 + 7 × 0.3 = 3.1 times as
@@ -86,9 +88,9 @@ def _mergeable(geometry: Geometry) -> list[Finding]:
             "(adamerge.permutations)."
         )
     elif len(tasks) == 1:
-        said.append(f"One expert, {_percent(relative[0])} of the base's norm away from it: nothing to compare.")
+        said.append(f"One expert, {percent(relative[0])} of the base's norm away from it: nothing to compare.")
     else:
-        low, high = (_percent(value) for value in (relative.min(), relative.max()))
+        low, high = (percent(value) for value in (relative.min(), relative.max()))
         away = low if low == high else f"{low} to {high}"
         mean, least = pairs(geometry.cosine).mean(), pairs(geometry.cosine).min()
         distant = float(relative.max()) >= FAR
@@ -110,11 +112,12 @@ def _fights(geometry: Geometry) -> list[Finding]:
         return []
     names, whole, blocks = pair_names(geometry.tasks), pairs(geometry.cosine), pairs(geometry.cosines)
     products = pairs(geometry.norms.unsqueeze(-1) * geometry.norms.unsqueeze(-2))
-    fighting, large = blocks < FIGHT, ratio(products, products.sum(0)) >= SMALL
+    fighting = (blocks < FIGHT) & (blocks < -CLEAR * pairs(geometry.noise))
+    large = ratio(products, products.sum(0)) >= SMALL
     said = []
     for pair in (fighting & large).any(0).nonzero().flatten().tolist():
-        column = blocks[:, pair].masked_fill(~large[:, pair], 1)
-        where = _listed([geometry.blocks[b] for b in column.argsort().tolist() if float(column[b]) < FIGHT])
+        column = blocks[:, pair].masked_fill(~(fighting & large)[:, pair], 1)
+        where = _listed([geometry.blocks[b] for b in column.argsort().tolist() if float(column[b]) < 1])
         said.append(
             f"{names[pair]} fight in {where}: their cosine there is {two(column.min())} at worst, "
             f"{two(whole[pair])} over the whole model."
@@ -144,10 +147,10 @@ def _signs(geometry: Geometry) -> list[Finding]:
     by_block = geometry.against_mass.sum(1) / geometry.mass.sum(1)
     block = int(by_block.argmax())
     text = (
-        f"{_percent(share)} of changed entries have the minority's sign (coins would give "
-        f"{_percent(geometry.chance)}); weighted by size, {_percent(weighted)} of all movement is against the sum "
-        f"({_percent(geometry.opposition)} where experts have nothing to do with each other), "
-        f"{_percent(by_block[block])} in {geometry.blocks[block]}."
+        f"{percent(share)} of changed entries have the minority's sign (coins would give "
+        f"{percent(geometry.chance)}); weighted by size, {percent(weighted)} of all movement is against the sum "
+        f"({percent(geometry.opposition)} where experts have nothing to do with each other), "
+        f"{percent(by_block[block])} in {geometry.blocks[block]}."
     )
     return [Finding("signs", text)]
 
@@ -190,12 +193,12 @@ def _worth_trying(geometry: Geometry, spectra: Sequence[Spectrum]) -> list[Findi
     weighted = against(geometry)[1]
     if weighted >= CONFLICT * geometry.opposition:
         text = (
-            f"Trim and ElectSign (TIES): {_percent(weighted)} of all movement is against the elected sign, more than "
-            f"the {_percent(geometry.opposition)} of unrelated experts."
+            f"Trim and ElectSign (TIES): {percent(weighted)} of all movement is against the elected sign, more than "
+            f"the {percent(geometry.opposition)} of unrelated experts."
         )
         found.append(Finding("try", text, ("Trim", "ElectSign")))
     if not found:
-        text = f"TaskArithmetic: only {_percent(weighted)} of all movement is against the sum."
+        text = f"TaskArithmetic: only {percent(weighted)} of all movement is against the sum."
         found.append(Finding("try", text, ("TaskArithmetic",)))
     text = "RegMean(relative=True), given unlabelled examples of every task: they show which directions inputs take."
     return [*found, Finding("try", text, ("RegMean",))]
@@ -208,12 +211,12 @@ def _spectral(spectra: Sequence[Spectrum]) -> Finding:
     overlap = float(pairs(torch.stack([spectrum.overlap for spectrum in spectra])).mean())
     if kept >= LOW_RANK:
         shared = f", and spaces overlap by {overlap:.2f}, which whitening undoes" if overlap >= SHARED else ""
-        text = f"TsvM: with its share of the directions each expert keeps {_percent(kept)} of its energy{shared}."
+        text = f"TsvM: with its share of the directions each expert keeps {percent(kept)} of its energy{shared}."
         return Finding("try", text, ("TsvM",))
     rank = sum(spectrum.effective_rank for spectrum in spectra) / len(spectra)
     text = (
-        f"IsoC: a share of the directions keeps only {_percent(kept)} of an expert's energy, so that TsvM would cut "
-        f"off much; the sum's effective rank is {_percent(rank)} of the full one, which IsoC makes 100 %."
+        f"IsoC: a share of the directions keeps only {percent(kept)} of an expert's energy, so that TsvM would cut "
+        f"off much; the sum's effective rank is {percent(rank)} of the full one, which IsoC makes 100 %."
     )
     return Finding("try", text, ("IsoC",))
 
@@ -223,6 +226,7 @@ def two(value: Tensor | float) -> str:
     return f"{round(float(value), 2) + 0.0:.2f}"
 
 
-def _percent(share: Tensor | float) -> str:
+def percent(share: Tensor | float) -> str:
+    """With one decimal below 10 %, else none."""
     share = 100 * float(share)
     return f"{share:.1f} %" if share < 10 else f"{share:.0f} %"

@@ -127,10 +127,12 @@ class Correction(ABC, Generic[Statistics]):
 
     Attributes:
         elementwise: as in `Rule`.
+        scaled: whether what it makes of a change depends on the change's length: it then sees it times the scale.
     """
 
     elementwise: bool = False
     passes: int | None = None
+    scaled: ClassVar[bool] = False
 
     def fit(self, changes: Changes) -> Statistics:
         """What `correct` must know of all tensors and their changes; nothing by default."""

@@ -7,7 +7,7 @@ from adamerge.errors import InputError
 from adamerge.linalg import leading
 from adamerge.rules.anchor import Rebase
 from adamerge.rules.linear import Mean
-from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixTransform, batches
+from adamerge.rules.matrices import LINEAR, Matrices, MatrixTransform, batches
 from adamerge.task_vectors import TaskVectors
 
 
@@ -23,7 +23,7 @@ class Cart(MatrixTransform):
         matrices: which tensors are matrices.
     """
 
-    def __init__(self, rank: float = 0.16, matrices: Matrices = TWO_AXES) -> None:
+    def __init__(self, rank: float = 0.16, matrices: Matrices = LINEAR) -> None:
         super().__init__(matrices)
         if not 0 < rank <= 1:
             raise InputError(f"expected rank above 0 and up to 1 in Cart, got {rank}")

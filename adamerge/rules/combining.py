@@ -18,7 +18,8 @@ from adamerge.task_vectors import TaskVectors, pieces
 class MergedState(Mapping[str, Tensor]):
     """The merged state dict, computed when it is asked for; the passes that the rules need are made at once.
 
-    θ = θ₀ + scale · correct(combine(τ₁ … τ_K)). Running statistics are averaged, constants come from the base, tied
+    θ = θ₀ + scale · correct(combine(τ₁ … τ_K)), or correct(scale · combine(τ₁ … τ_K)) for a `Correction` that is
+    `scaled`. Running statistics are averaged, constants come from the base, tied
     tensors are merged once, and what has no delta stays the base's. In the base's dtype, or in another `dtype`.
     """
 
@@ -106,8 +107,12 @@ class MergedState(Mapping[str, Tensor]):
         change = self.rule.combine(stack, self._statistics)
         if self.transformed is not self.original:
             stack = _stack(self.original, stack.name, rows)
+        scale = self._scale[stack.name]
         for correction, fitted in self._corrections:
-            change = correction.correct(stack, change, fitted)
+            if correction.scaled and scale:
+                change = correction.correct(stack, scale * change, fitted) / scale
+            else:
+                change = correction.correct(stack, change, fitted)
         return stack, change
 
 

@@ -11,7 +11,7 @@ from adamerge.errors import InputError
 from adamerge.linalg import leading
 from adamerge.rules.adam import adam
 from adamerge.rules.base import Rule, Stack
-from adamerge.rules.matrices import TWO_AXES, Matrices, batches, rounding, side_by_side
+from adamerge.rules.matrices import LINEAR, Matrices, batches, rounding, side_by_side
 from adamerge.rules.ties import Trim
 from adamerge.task_vectors import TaskVectors
 
@@ -59,7 +59,7 @@ class Doge(Rule[Tensor | None]):
         subspace: float = 6.0,
         steps: int = 400,
         lr: float = 1e-4,
-        matrices: Matrices = TWO_AXES,
+        matrices: Matrices = LINEAR,
     ) -> None:
         if min(eta, lr) <= 0 or min(subspace, steps) < 1:
             given = f"{eta}, {lr}, {subspace} and {steps}"

@@ -6,7 +6,7 @@ from torch import Tensor
 from adamerge.errors import InputError
 from adamerge.linalg import COINCIDE, leading, polar
 from adamerge.rules.base import Stack
-from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule, batches, rounding, side_by_side
+from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule, batches, rounding, side_by_side, total
 
 
 def isotropic(matrix: Tensor, name: str, least: float = 0.0) -> Tensor:
@@ -24,14 +24,14 @@ class IsoC(MatrixRule):
     """
 
     def matrix(self, stack: Stack) -> Tensor:
-        return isotropic(stack.deltas.sum(0, dtype=torch.float64), stack.name, rounding(stack))
+        return isotropic(total(stack.deltas), stack.name, rounding(stack))
 
 
 def iso_cts(deltas: Tensor, common: float, name: str, least: float = 0.0) -> Tensor:
     """Of [K, m, n], the common directions of the sum and each expert's own, all equally strong: see `IsoCts`."""
     rank = min(deltas.shape[1:])
     own = round((rank - int(common * rank)) / len(deltas))
-    shared = leading(deltas.sum(0, dtype=torch.float64), rank - own * len(deltas), name, least)
+    shared = leading(total(deltas), rank - own * len(deltas), name, least)
     basis = shared[0]
     exact = (delta.double() for delta in batches(deltas))
     found = [leading(delta - basis @ (basis.mT @ delta), own, name, least) for delta in exact]

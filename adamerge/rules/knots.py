@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.linalg import leading
 from adamerge.rules.base import Correction, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.combining import MergedState
-from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule, rounding, side_by_side
+from adamerge.rules.matrices import LINEAR, Matrices, rounding, side_by_side
+from adamerge.rules.ties import Trim
 from adamerge.task_vectors import TaskVectors
 
 
@@ -56,7 +58,7 @@ class KnOts(Rule[Coordinates]):
         self,
         rules: list[Transform | Rule],  # type: ignore[type-arg]
         vertical: bool = False,
-        matrices: Matrices = TWO_AXES,
+        matrices: Matrices = LINEAR,
     ) -> None:
         from adamerge.merge import stages  # which knows all rules
 
@@ -107,18 +109,23 @@ def drm(deltas: Tensor, keep: float, name: str, least: float = 0.0) -> Tensor:
     drop = len(present) - max(1, round(keep * len(present)))
     threshold = present.kthvalue(drop + 1).values
     kept = torch.where(directions >= threshold, coordinates, 0)
-    sign = kept.sum(0).sign()
-    agreeing = torch.where(kept * sign > 0, kept, 0)
-    return basis @ (agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1))
+    return basis @ agreed(kept)
 
 
-class Drm(MatrixRule):
+def agreed(deltas: Tensor) -> Tensor:
+    """The mean of what has the sign of the sum, entry by entry; [K, *shape] -> [*shape]."""
+    agreeing = torch.where(deltas * deltas.sum(0).sign() > 0, deltas, 0)
+    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
+
+
+class Drm(Rule[Tensor | None]):
     """Decompose, renormalise, merge (DRM, arXiv:2505.23117): TIES among directions of equal length.
 
     The coordinates Uᵀ Δₖ of `KnOts`, over directions with a singular value of 10⁻² or more of the largest, are split
     row by row into norms and directions of unit length. Over all experts, the `keep` share of largest entries of the
     directions stays, so that a weak row is not trimmed for being weak. With their norms back, the rows elect a sign
-    entry by entry and those that agree are averaged, as in TIES. All other tensors are averaged. Needs no scale.
+    entry by entry and those that agree are averaged, as in TIES. So are all other tensors, of which each expert keeps
+    its share of largest entries over all of them (`Trim`). Needs no scale.
 
     Args:
         keep: 0 < keep ≤ 1, the share of entries that stay.
@@ -126,13 +133,23 @@ class Drm(MatrixRule):
         matrices: which tensors are matrices.
     """
 
-    def __init__(self, keep: float = 0.2, vertical: bool = False, matrices: Matrices = TWO_AXES) -> None:
-        super().__init__(matrices)
+    def __init__(self, keep: float = 0.2, vertical: bool = False, matrices: Matrices = LINEAR) -> None:
         if not 0 < keep <= 1:
             raise InputError(f"expected keep above 0 and up to 1 in Drm, got {keep}")
-        self.keep, self.vertical = keep, vertical
+        self.keep, self.vertical, self.matrices, self._trim = keep, vertical, matrices, Trim(keep)
 
-    def matrix(self, stack: Stack) -> Tensor:
-        if self.vertical:
-            return drm(stack.deltas.mT, self.keep, stack.name, rounding(stack)).mT
-        return drm(stack.deltas, self.keep, stack.name, rounding(stack))
+    def fit(self, task_vectors: TaskVectors) -> Tensor | None:
+        """The smallest magnitude that each expert keeps in what is no matrix."""
+        likes = {name: meta(task_vectors.base, name).shape for name in task_vectors.deltas}
+        return self._trim.fit(task_vectors.without(n for n, shape in likes.items() if self.matrices.match(n, shape)))
+
+    def combine(self, stack: Stack, statistics: Tensor | None) -> Tensor:
+        if not bool(stack.deltas.any()):
+            return torch.zeros_like(stack.base)
+        if not self.matrices.match(stack.name, stack.base.shape):
+            return agreed(dense(self._trim.tensor(stack.name, stack.deltas, statistics)))
+        least, deltas = rounding(stack), self._turned(stack.deltas.flatten(2))
+        return self._turned(drm(deltas, self.keep, stack.name, least)).reshape(stack.base.shape)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.vertical else matrix

@@ -9,22 +9,26 @@ from torch import Tensor
 
 from adamerge.deltas import AnyDeltas, dense
 from adamerge.errors import InputError
+from adamerge.kinds import is_table
 from adamerge.rules.base import PerTensor, Rule, Stack
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """What is a matrix: tensors of two axes, embeddings among them, as in the code of the papers.
+    """What is a matrix: tensors of two axes. All others a rule takes as vectors, which most of them average.
 
     Queries, keys and values in one tensor are one matrix, unless `adamerge.merge` is told to split them.
 
     Attributes:
         average: a regular expression; tensors in whose names it is found are averaged, as vectors are.
         convolutions: whether tensors of more than two axes are matrices too, [shape[0], rest].
+        tables: whether embeddings of tokens and positions (`adamerge.kinds.is_table`) are: the code of TSV-M, Iso, SVC
+            and WUDI sees them so; that of OPCM, CART, DRM and DOGE, and here of `KnOts`, sees linear layers alone.
     """
 
     average: str | None = None
     convolutions: bool = False
+    tables: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -36,11 +40,15 @@ class Matrices:
         """Whether a tensor is seen as a matrix."""
         if len(shape) < 2 or (len(shape) > 2 and not self.convolutions):
             return False
+        if not self.tables and is_table(name):
+            return False
         return self.average is None or re.search(self.average, name) is None
 
 
-#: The default: every tensor of two axes, as it is.
+#: The default of most rules: every tensor of two axes, as it is.
 TWO_AXES = Matrices()
+#: Weights of linear layers, as far as names tell.
+LINEAR = Matrices(tables=False)
 
 
 class MatrixRule(Rule[None]):
@@ -88,8 +96,16 @@ class MatrixTransform(PerTensor[None]):
 
 def rounding(stack: Stack) -> float:
     """Below this, singular values of Σₖ Δₖ are what rounding the weights leaves: ε (|θ₀| + maxₖ |Δₖ|)."""
-    base, *deltas = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (stack.base, *stack.deltas))
+    base, *deltas = (float(torch.linalg.vector_norm(each)) for each in (stack.base, *stack.deltas))
     return torch.finfo(stack.deltas.dtype).eps * (base + max(deltas))
+
+
+def total(deltas: Tensor) -> Tensor:
+    """Σₖ Δₖ in float64, [m, n] of [K, m, n]: `sum` with another dtype takes as long as a decomposition."""
+    out = deltas[0].to(torch.float64, copy=True)
+    for delta in deltas[1:]:
+        out += delta
+    return out
 
 
 def batches(deltas: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.linalg import leading
 from adamerge.rules.base import Folds, Rule, Stack
-from adamerge.rules.matrices import TWO_AXES, Matrices
+from adamerge.rules.matrices import LINEAR, Matrices
 from adamerge.task_vectors import TaskVectors
 
 
@@ -48,7 +48,7 @@ class Opcm(Rule[Rescaled | None], Folds):
         matrices: which tensors are matrices.
     """
 
-    def __init__(self, alpha: float = 0.5, rescale: bool = True, matrices: Matrices = TWO_AXES) -> None:
+    def __init__(self, alpha: float = 0.5, rescale: bool = True, matrices: Matrices = LINEAR) -> None:
         if not 0 <= alpha <= 1:
             raise InputError(f"expected alpha from 0 to 1 in Opcm, got {alpha}")
         self.alpha, self.rescale, self.matrices = alpha, rescale, matrices

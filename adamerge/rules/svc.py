@@ -14,12 +14,12 @@ def calibrated(deltas: Tensor, change: Tensor, floor: float, name: str, least: f
     left, values, right = leading(change, min(change.shape), name)
     merged = values.unsqueeze(1) * right
     total, count = torch.zeros_like(values), torch.zeros_like(values)
-    basis = left.to(deltas.dtype)
+    basis, own = left.to(deltas.dtype), torch.empty_like(merged)
     for delta in deltas:
-        own = (basis.mT @ delta).double()
-        squares = own.square().sum(1)
+        own.copy_(basis.mT @ delta)
+        squares = torch.linalg.vecdot(own, own)
         there = squares.sqrt() > max(least, RESOLUTION * float(squares.sum().sqrt()))
-        ratio = (merged * own).sum(1) / torch.where(there, squares, 1)
+        ratio = torch.linalg.vecdot(merged, own) / torch.where(there, squares, 1)
         total += torch.where(there, ratio.clamp(min=floor), 0)
         count += there
     factor = torch.where(count > 0, count / torch.where(count > 0, total, 1), 1)
@@ -31,14 +31,17 @@ class Svc(Correction[None]):
 
     A merged matrix U Σ Vᵀ has rows σᵢ vᵢᵀ in the basis U, where expert k has rows Aₖᵢ = uᵢᵀ Δₖ. The merge overshoots
     the expert by sᵢₖ = ⟨σᵢ vᵢ, Aₖᵢ⟩ / |Aₖᵢ|², and σᵢ becomes γᵢ σᵢ with γᵢ = K / Σₖ max(floor, sᵢₖ). Experts that have
-    nothing but rounding in a direction do not count in it. A factor on the merge cancels wherever no s is below the
-    floor, so that the sum and the mean of the experts lead to the same. All other tensors stay as they are.
+    nothing but rounding in a direction do not count in it. The merge is taken with its scale, which cancels wherever no
+    s is below the floor: the sum of the experts at any scale, and their mean, lead to the same matrices, and differ in
+    all other tensors, which stay as they are.
 
     Args:
         floor: above 0, which bounds γ by 1/floor: at 1, singular values only become smaller, as the paper has it for
-            `TsvM`. It applies to the merge before the scale: 0.1 after a scale of 0.3 is 0.33 here.
+            `TsvM`.
         matrices: which tensors are matrices.
     """
+
+    scaled = True
 
     def __init__(self, floor: float = 0.1, matrices: Matrices = TWO_AXES) -> None:
         if floor <= 0:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adamerge.kinds import block_of, depths, kind, role
+from adamerge.kinds import block_of, depths, is_table, kind, role
 
 FLOAT, INTEGER = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
 
@@ -26,6 +26,27 @@ FLOAT, INTEGER = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
 )
 def test_kinds(name, tensor, expected):
     assert kind(name, tensor) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("transformer.wpe.weight", True),
+        ("embeddings.position_embedding.weight", True),
+        ("bert.embeddings.token_type_embeddings.weight", True),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", True),
+        ("positional_embedding", True),
+        ("pos_embed", True),
+        ("gpt_neox.embed_out.weight", False),
+        ("patch_embed.proj.weight", False),
+        ("embeddings.patch_embedding.weight", False),
+        ("encoder.layers.0.self_attn.k_proj.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_tables_are_looked_up(name, table):
+    assert is_table(name) == table
 
 
 @pytest.mark.parametrize(

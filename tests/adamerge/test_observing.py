@@ -187,6 +187,46 @@ class Attending(nn.Module):
         return self.attn(x, x.flip(1) if self.cross else x, x, need_weights=False)[0].mean(1)
 
 
+def heads(model, x):
+    """What the output projection takes, head by head, [B, T, 4]."""
+    attn = model.attn
+    q, k, v = (x @ w.T + b for w, b in zip(attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True))
+    parts = zip(*(part.chunk(2, -1) for part in (q, k, v)), strict=True)
+    return torch.cat([(q @ k.mT / 2**0.5).softmax(-1) @ v for q, k, v in parts], -1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_attention_puts_out_is_projected_without_a_call_and_measured(batch_first):
+    torch.manual_seed(0)
+    model, x = Attending().double().eval(), torch.randn(3, 5, 4, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    rows = heads(model, model.norm(x)).detach()
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, attention_mask):
+            model.attn.batch_first = batch_first
+            x = model.norm(x)
+            x = x if batch_first else x.transpose(0, 1)
+            return model.attn(x, x, x)[0].sum((0 if not batch_first else 1,))
+
+    batch = {"x": x, "attention_mask": mask if batch_first else mask.T}
+    found = observe(Masked(), [batch], ("gram", "magnitude", "output_gram"), "enumerated")
+    kept = rows[mask]
+    torch.testing.assert_close(found.find("gram", "inner.attn.out_proj.weight"), kept.T @ kept / 11)
+    torch.testing.assert_close(found.find("magnitude", "inner.attn.out_proj.weight"), kept.abs().mean(0))
+    answers = (rows @ model.attn.out_proj.weight.T + model.attn.out_proj.bias).detach().requires_grad_()
+    log_p, expected = answers.sum(1).log_softmax(-1), torch.zeros(4, 4, dtype=torch.float64)
+    for column in range(4):
+        weighted = (log_p[:, column] * (log_p[:, column].detach() / 2).exp()).sum()
+        gradient = torch.autograd.grad(weighted, answers, retain_graph=True)[0].flatten(0, 1)
+        expected += gradient.T @ gradient / 3
+    torch.testing.assert_close(found.find("output_gram", "inner.attn.out_proj.weight"), expected)
+
+
 def test_fused_attention_is_measured_by_its_inputs():
     torch.manual_seed(0)
     model, x = Attending().eval(), torch.randn(3, 5, 4)
@@ -196,5 +236,4 @@ def test_fused_attention_is_measured_by_its_inputs():
     torch.testing.assert_close(found.find("magnitude", "attn.in_proj_weight"), rows.abs().mean(0))
     torch.testing.assert_close(found.find("gram", "attn.in_proj_weight.query"), rows.T @ rows / 15)
     assert found.find("output_gram", "attn.in_proj_weight") is None
-    assert found.find("gram", "attn.out_proj.weight") is None
     assert observe(Attending(cross=True).eval(), [x]).find("gram", "attn.in_proj_weight") is None

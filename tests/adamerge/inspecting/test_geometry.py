@@ -52,6 +52,8 @@ def test_tables_of_pairs_are_those_of_the_flat_vectors():
         block = entries(tv, i, "layers.1"), entries(tv, j, "layers.1")
         cosine = dot(*block) / math.hypot(*block[0]) / math.hypot(*block[1])
         assert found.cosines[1, i, j].item() == pytest.approx(cosine)
+        noise = math.hypot(*(x * y for x, y in zip(*block, strict=True)))
+        assert found.noise[1, i, j].item() == pytest.approx(noise / math.hypot(*block[0]) / math.hypot(*block[1]))
     flat = torch.tensor([entries(tv, k) for k in range(3)], dtype=torch.float64)
     torch.testing.assert_close(found.kinship, torch.corrcoef(flat))
     torch.testing.assert_close(found.reach, (flat @ flat.sum(0)) / flat.square().sum(1))

@@ -50,7 +50,7 @@ def test_it_corrects_what_another_rule_has_combined():
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(InputError, match=r"w: the magnitude of the base's inputs has shape \[2\], the tensor \[2, 3\]"):
+    with pytest.raises(InputError, match=r"w: the magnitude of 'base' has shape \[2\], expected \[3\]"):
         merged(Observation({"magnitude/w": torch.ones(2)}))
     with pytest.raises(InputError, match="Aim needs the magnitude of 'base'"):
         merged(Observation({"gram/w": torch.ones(2, 2)}))

@@ -101,6 +101,18 @@ def test_drm(keep, shape):
     assert_close(across.T, by_entries(deltas, keep), rtol=0, atol=1e-11)
 
 
+def test_drm_trims_what_is_no_matrix_over_all_of_it():
+    """Two tensors of which each expert keeps its largest 20 %, from the 12th of fifteen on; signs by hand."""
+    deltas = {
+        "bias": torch.tensor([[9.0, -8, 7, 0, 0, 0, 0, 0, 0, 0], [5.0, 6, 1, 0, 0, 0, 0, 0, 0, 0]]).double(),
+        "embed.weight": torch.tensor([[[1.0, 2, 3, 4, 5]], [[-1.0, 4, 0, 0, 0]]]).double(),
+        "w": 100 * torch.randn(2, 4, 4, dtype=torch.float64),
+    }
+    merged = merge(vectors(deltas), [Drm(0.2)])
+    assert merged["bias"].tolist() == [7.0, -8.0, 4.0, *[0] * 7]
+    assert merged["embed.weight"].tolist() == [[-1, 4, 0, 0, 5]]
+
+
 @pytest.mark.parametrize("keep", [0.0, 1.2])
 def test_the_share_is_checked(keep):
     with pytest.raises(InputError, match=f"expected keep above 0 and up to 1 in Drm, got {keep}"):

@@ -37,6 +37,16 @@ def test_every_direction_is_calibrated(shape, floor, rule):
     assert_close(merge(vectors(deltas), [rule, Svc(floor)])["w"], by_rows(deltas, change, floor), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_the_merge_is_calibrated_with_its_scale(scale):
+    """Task arithmetic at some scale, then calibrated: what is no matrix keeps the scale."""
+    deltas, vector = torch.randn(3, 6, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    found = merge(vectors(deltas), [TaskArithmetic(), Svc()], scale)["w"]
+    assert_close(found, by_rows(deltas, scale * deltas.sum(0), 0.1), rtol=0, atol=1e-10)
+    assert not torch.allclose(found, scale * merge(vectors(deltas), [TaskArithmetic(), Svc()])["w"], atol=1e-2)
+    assert_close(merge(vectors(vector), [TaskArithmetic(), Svc()], scale)["w"], scale * vector.sum(0))
+
+
 def test_a_factor_on_the_merge_cancels():
     shared, own = torch.randn(2, 6, 6, dtype=torch.float64).abs(), torch.rand(3, 6, 6, dtype=torch.float64) / 50
     deltas = shared[0] + own
