@@ -1,12 +1,13 @@
 """The one LightningModule behind every adaptive method."""
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -28,6 +29,7 @@ from trainers.finetune import fine_tune
 from trainers.finite import Finite, check_finite
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
+from trainers.pools import adopt
 from trainers.programs import Losses, Program, average
 from trainers.seeding import drawing
 from trainers.settings import describe
@@ -93,9 +95,13 @@ class Adaptation(LearningModule):
     ) -> None:
         super().__init__(optimizer, learning_rates or {})
         self.suite, self.micro_batches, self.task_id, self.allow_labels = suite, micro_batches, task_id, allow_labels
+        #: The suite with all of its experts, and those that there are from a step on, where they change.
+        self.whole, self.schedule = suite, cast(Callable[[int], tuple[str, ...]] | None, None)
         self.finder = finder or ByRouter()
         self.coefficients = coefficients or Coefficients()
         self.router, self.correction, self.elements = router, correction, elements
+        parts = {"coefficients": self.coefficients, "router": router, "correction": correction, "elements": elements}
+        self.unbound = copy.deepcopy(parts)
         self.transforms = list(transforms or ())
         self.phases = phases or [Phase(objective or Entropy(), learn, program=program)]
         self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
@@ -195,6 +201,10 @@ class Adaptation(LearningModule):
         )
         more = phase.objective.blocks or asks_router(phase.objective)
         return "merged" if not inside.intersection(parts) and not more else None
+
+    def begin(self) -> None:
+        """Begin the phase anew that the run is in: what was known of its images is no longer so."""
+        self._phase = None
 
     @property
     def phase(self) -> Phase:
@@ -347,7 +357,8 @@ class Adaptation(LearningModule):
         more = {"phase_ends": self.ends(), "programs": programs, "finite": self.finite.state_dict()}
         checkpoint[ENTRY] = {**entry(self), **more}
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        adopt(self, checkpoint)
         check_entry(checkpoint.get(ENTRY), self)
         self._ends = checkpoint[ENTRY].get("phase_ends")
         self.finite.load_state_dict(checkpoint[ENTRY].get("finite", {}))

@@ -35,6 +35,11 @@ class LearningModule(ScoredModule):
         """The parts that learn in a phase."""
         return phase.learning(list(self.parts()))
 
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        """By parameter, the axes along which experts have parts of their own, as the run's parts say."""
+        own = {part: getattr(module, "expert_axes", dict)() for part, module in self.parts().items()}
+        return {f"{part}.{name}": axes for part, found in own.items() for name, axes in found.items()}
+
     def choose(self, parts: Collection[str]) -> None:
         """Choose, once, the parts that learn at any time."""
         for part, module in self.parts().items():
