@@ -97,13 +97,13 @@ class Joining(Order):
         starts = self.starts or [k / len(own) for k in range(len(own))]
         if len(starts) != len(own):
             raise InputError(f"starts has {len(starts)} fractions for {len(own)} tasks")
-        times, waiting, parts = sorted(set(starts)), tasks[:0], []
+        times, waiting, parts = sorted(set(starts)), tasks[:0], list[Tensor]()
         for time, until in zip(times, [*times[1:], 1.0], strict=True):
             waiting = torch.cat([waiting, *(each for each, start in zip(own, starts, strict=True) if start == time)])
             waiting = waiting[torch.randperm(len(waiting), generator=rng)]
-            count = round(until * len(tasks)) - sum(map(len, parts)) if until < 1 else len(waiting)
+            count = round(until * len(tasks)) - sum(len(part) for part in parts) if until < 1 else len(waiting)
             parts.append(waiting[:count])
-            waiting = waiting[len(parts[-1]) :]
+            waiting = waiting[count:]
         return torch.cat(parts)
 
 

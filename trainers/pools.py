@@ -52,7 +52,7 @@ def exchange(trainer: L.Trainer, run: "Adaptation", experts: Sequence[str]) -> N
     """Go on with other experts between two steps, as a run does that is resumed with them."""
     before, callbacks = run.merged.tasks, trainer.callbacks  # type: ignore[attr-defined]
     learned, states = run.state_dict(), {number: each.state_dict() for number, each in enumerate(callbacks)}
-    kept = {
+    kept: dict[str, Any] = {
         "state_dict": learned,
         "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "callbacks": {number: state for number, state in states.items() if _holds(state, learned.keys())},
@@ -73,8 +73,9 @@ def adopt(run: "Adaptation", checkpoint: dict[str, Any]) -> None:
 
     What is not the run's own to change is left to `check_entry`, which refuses it.
     """
-    saved = checkpoint.get(ENTRY)
-    theirs, step = (saved.get("tasks") if isinstance(saved, Mapping) else None), checkpoint.get("global_step", 0)
+    entry = checkpoint.get(ENTRY)
+    saved: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    theirs, step = saved.get("tasks"), checkpoint.get("global_step", 0)
     if not isinstance(theirs, list) or not theirs or not all(isinstance(name, str) for name in theirs):
         return
     if run.schedule is not None:

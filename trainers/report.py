@@ -222,12 +222,12 @@ class Report(L.Callback):
 
     def _draw(self, module: Adaptation, results: Results, folder: Path) -> None:
         tasks, groups, now = module.suite.tasks, module.coefficients.groups, module.merged.tasks
-        steps, values, names = self.snapshots.table()
+        steps, values, pool = self.snapshots.table()
         if not torch.equal(values[0], values[-1]):  # coefficients that learn
-            pool = [names.index(name) for name in now]
-            start = torch.stack([values[~values[:, 0, k].isnan(), :, k][0] for k in pool], 1)
-            figures.coefficient_map(values[-1][:, pool], groups, now, start, folder / "coefficients.png")
-            figures.coefficient_paths(steps, values, names, folder / "coefficients_over_steps.png")
+            own = [pool.index(name) for name in now]
+            start = torch.stack([values[~values[:, 0, k].isnan(), :, k][0] for k in own], 1)
+            figures.coefficient_map(values[-1][:, own], groups, now, start, folder / "coefficients.png")
+            figures.coefficient_paths(steps, values, pool, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.trace.losses])
         experts = results.rows.get("experts")
         names = ", then ".join(type(phase.objective).__name__ for phase in module.phases)

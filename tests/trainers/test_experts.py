@@ -1,6 +1,7 @@
 """Experts that come and go while a run goes on."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -234,3 +235,10 @@ def test_the_report_follows_experts_that_come_and_go(adapt, tmp_path):
 def test_what_cannot_be_is_said_before_work_starts(adapt, schedule, kwargs, message):
     with pytest.raises(InputError, match=message):
         adapt(5, callbacks=[Experts(schedule)], objective=None if "program" in kwargs else Entropy(), **kwargs)
+
+
+def test_several_processes_change_their_experts_where_they_resume():
+    run = Adaptation(TinySuite())
+    trainer = SimpleNamespace(global_step=3, max_steps=9, world_size=2)
+    with pytest.raises(InputError, match=r"only where they resume: end the run with trainer\.max_steps=6"):
+        Experts(COMES).on_train_start(trainer, run)
