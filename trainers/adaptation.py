@@ -3,19 +3,18 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from adamerge import InputError, TaskVectors
 from adamerge.export import export
-from adamerge.memory import kept
 from adamerge.objectives import entropy
 from adamerge.rules import Store, Transform, transform
 from adamerge.suites import Suite
@@ -27,6 +26,7 @@ from trainers.checks import check, useless
 from trainers.finding import ByRouter, TaskFinder, regrouped
 from trainers.finetune import fine_tune
 from trainers.finite import Finite, check_finite
+from trainers.keeping import KeptMemory
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
 from trainers.pools import adopt
@@ -110,7 +110,7 @@ class Adaptation(LearningModule):
         self._phase: int | None = None
         self._ends: list[int] | None = None
         self._odd: str | None = None
-        self._memory = ExitStack()
+        self._blank = False
         if phases and (objective or learn or program):
             raise InputError("give objective, learn and program, or phases, not both")
 
@@ -135,12 +135,8 @@ class Adaptation(LearningModule):
             for phase in self.phases:
                 phase.stepper.reset()
 
-    def on_fit_start(self) -> None:
-        if self.device.type == "cpu" and not self.micro_batches:
-            self._memory.enter_context(kept())
-
-    def teardown(self, stage: str) -> None:
-        self._memory.close()
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.micro_batches else [KeptMemory()]
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -239,9 +235,10 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
-            batch = self.told(batch)
-            losses, logits = self.phase.stepper.losses(self, batch)
-        loss = torch.stack(list(losses.values())).sum()
+            batch = self.told(batch) if batch else {}
+            losses, logits = self.phase.stepper.losses(self, batch) if batch else ({}, {})
+        self._blank = not batch
+        loss = torch.stack(list(losses.values()) or [0 * p.sum() for _, p in self.learned()]).sum()
         shown, by_task, by_entropy = self._shown(loss, losses, logits, batch)
         self.log("loss", shown, prog_bar=True)
         self.log_dict({f"loss/{task}": by_task[task] for task in losses})
@@ -309,7 +306,10 @@ class Adaptation(LearningModule):
         norm = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
         self.log("gradient_norm", norm)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips steps by itself
-        if not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
+        if self._blank and not float(norm):
+            self.finite.leave_out(self.trainer.global_step + 1)
+            optimizer.zero_grad(set_to_none=True)
+        elif not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
             optimizer.zero_grad(set_to_none=True)  # what has no gradient is not moved
         values = self.coefficients().detach()
         if values.numel():

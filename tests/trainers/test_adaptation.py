@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import lightning as L
@@ -189,3 +190,24 @@ def test_coefficients_begin_at_the_usual_scale_of_the_suite(suite):
     told = Adaptation(suite, Coefficients(init=0.4))
     told.configure_model()
     assert (told.coefficients() == torch.tensor(0.4)).all()
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_a_run_keeps_its_memory_until_it_ends_or_fails(adapt, monkeypatch, micro_batches):
+    events = []
+
+    @contextmanager
+    def kept():
+        events.append("kept")
+        yield
+        events.append("freed")
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError(f"after {len(events)} events")
+
+    monkeypatch.setattr("trainers.keeping.kept", kept)
+    adapt(2, micro_batches=micro_batches)
+    with pytest.raises(RuntimeError, match=f"after {0 if micro_batches else 3} events"):
+        adapt(2, micro_batches=micro_batches, callbacks=[Fails()])
+    assert events == ([] if micro_batches else ["kept", "freed"] * 2)
