@@ -109,6 +109,16 @@ def test_parts_along_two_axes_go_where_both_experts_are():
     assert relaid(value[:, :7], fresh, (0, 1), ("a", "b"), ("b", "c", "a")).shape == (2, 7), "left for others to refuse"
 
 
+def test_what_is_looked_up_is_computed_anew(adapt):
+    """Only heads learn: every image goes through the backbone once, and once more when that changes."""
+    run, _ = adapt(6, callbacks=[Experts({3: ["two"]})], learn=["heads"])
+    assert run.merged.tasks == ("two",)
+    index = torch.arange(4)
+    images = run.suite.dataset("one", "test").batch(index)[0]
+    with torch.no_grad():
+        assert_close(run.known("merged", "one", {"index": index})[0], run.merged(images))
+
+
 # -- resumed -----------------------------------------------------------------------------------------------------------
 
 
