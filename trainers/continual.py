@@ -164,6 +164,9 @@ class Experts(L.Callback):
         if not isinstance(pl_module, Adaptation) or stage != "fit":
             return
         pool = pl_module.whole.experts
+        for phase in pl_module.phases:
+            if not phase.stepper.descends and phase.stepper.learns:
+                raise InputError(f"{type(phase.stepper).__name__} searches for one pool: its experts cannot change")
         for step, names in self.schedule.items():
             if odd := [name for name in names or () if name not in pool]:
                 raise InputError(

@@ -1,6 +1,7 @@
 """A run that goes on with other experts: what it has learned moves with them, by their names."""
 
 import copy
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from trainers.seeding import drawing
 
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation
+
+log = logging.getLogger(__name__)
 
 
 def take(run: "Adaptation", experts: Sequence[str], step: int = 0) -> None:
@@ -43,9 +46,6 @@ def restrict(run: "Adaptation", experts: Sequence[str]) -> None:
     whole = run.whole
     run.suite = whole if tuple(experts) == whole.experts else Subset(whole, experts={name: name for name in experts})
     check(run)
-    for phase in run.phases:
-        if not phase.stepper.descends and phase.stepper.learns:
-            raise InputError(f"{type(phase.stepper).__name__} searches for one pool: its experts cannot change")
 
 
 def exchange(trainer: L.Trainer, run: "Adaptation", experts: Sequence[str]) -> None:
@@ -88,6 +88,7 @@ def adopt(run: "Adaptation", checkpoint: dict[str, Any]) -> None:
         return
     take(run, wanted, step)
     if list(wanted) == theirs:
+        log.info("The checkpoint merges %s of the suite's experts", ", ".join(wanted))
         return
     own, prints = run.merged.fingerprints, saved.get("fingerprints")
     if isinstance(prints, Mapping):
