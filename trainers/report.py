@@ -71,6 +71,8 @@ class Report(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         stream = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(pl_module, Adaptation) and self.snapshots.of_others(pl_module.merged.tasks):
+            self._snapshot(trainer, pl_module)
         if self.scores and isinstance(pl_module, Adaptation) and isinstance(stream, Stream) and stream.order:
             self.online.predict(trainer, pl_module, batch)
         self._step_began = time.monotonic()

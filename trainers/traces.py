@@ -71,10 +71,15 @@ class Snapshots:
         """Whether one is taken after so many steps."""
         return step % self.spacing == 0
 
+    def of_others(self, experts: Sequence[str]) -> bool:
+        """Whether there are other experts now than in the last snapshot."""
+        return not self.experts or list(experts) != self.experts[max(self.experts)]
+
     def add(self, step: int, values: Tensor, experts: Sequence[str]) -> None:
         """One more."""
-        if not self.experts or list(experts) != self.experts[max(self.experts)]:
-            self.experts[step] = list(experts)
+        if self.of_others(experts):
+            since = step if self.experts else min(self.values, default=step)  # older checkpoints do not say
+            self.experts[since] = list(experts)
         self.values[step] = values.cpu().clone()
         if len(self.values) > self.limit:
             self.spacing *= 2
@@ -95,7 +100,7 @@ class Snapshots:
         return {"spacing": self.spacing, "snapshots": dict(self.values), "experts": dict(self.experts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; a checkpoint of old does not say which experts there were, which are those of now."""
+        """Go on from there."""
         self.values, self.experts = dict(state["snapshots"]), dict(state.get("experts", {}))
         self.spacing = state.get("spacing", self.spacing)
 

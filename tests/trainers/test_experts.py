@@ -16,6 +16,7 @@ from modules import BlockRouter, Coefficients, ConcreteMask, Entropy, FeatureRou
 from trainers import AdaMMS, Adaptation, Experts, Guard, Joining, MovingAverage, Reset, Stream
 from trainers.pools import relaid
 from trainers.report import Report
+from trainers.traces import Snapshots
 
 FIRST, ALL = ("one", "three"), ("one", "two", "three")
 COMES = {0: ["three", "one"], 6: None}
@@ -207,8 +208,8 @@ def test_a_guard_compares_what_was_learned_with_the_same_experts(adapt, order):
 def test_the_report_follows_experts_that_come_and_go(adapt, tmp_path):
     schedule = {0: ["one", "two"], 4: ["two", "three"], 8: None}
     stream = Stream(batch_size=6, order=Joining())
-    report = Report(every=1)
-    adapt(100, optimizer=adam, stream=stream, callbacks=[Experts(schedule), report])
+    report = Report(every=5)
+    adapt(100, optimizer=adam, stream=stream, callbacks=[report, Experts(schedule)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["experts"] == {"0": ["one", "two"], "4": ["two", "three"], "8": ["one", "two", "three"]}
     rows = {row["method"]: row["accuracy"] for row in results["rows"]}
@@ -216,15 +217,24 @@ def test_the_report_follows_experts_that_come_and_go(adapt, tmp_path):
     steps, values, names = report.snapshots.table()
     assert names == ("one", "two", "three")
     assert values.shape == (len(steps), 4, 3)
-    gone = {
-        name: [step for step, row in zip(steps, values[:, 0, k], strict=True) if row.isnan()]
-        for k, name in enumerate(names)
-    }
-    assert gone == {"one": [4, 5, 6, 7], "two": [], "three": [0, 1, 2, 3]}
+    assert steps == [0, 4, 5, 8, 10, 12], "a snapshot of the step from which there are others"
+    gone = [[step for step, row in zip(steps, values[:, 0, k], strict=True) if row.isnan()] for k in range(3)]
+    assert gone == [[4, 5], [], [0]]
     assert {path.name for path in (tmp_path / "figures").iterdir()} >= {
         "coefficients.png",
         "coefficients_over_steps.png",
     }
+
+
+def test_snapshots_of_an_older_checkpoint_are_of_the_experts_there_are():
+    snapshots = Snapshots(5)
+    snapshots.load_state_dict({"snapshots": {0: torch.zeros(2, 2), 5: torch.ones(2, 2)}})
+    snapshots.add(10, torch.ones(2, 2), ("a", "b"))
+    snapshots.add(12, torch.ones(2, 1), ("b",))
+    assert snapshots.experts == {0: ["a", "b"], 12: ["b"]}
+    steps, values, names = snapshots.table()
+    assert (steps, names) == ([0, 5, 10, 12], ("b", "a"))
+    assert torch.equal(values.isnan()[:, 0], torch.tensor([[False, False]] * 3 + [[False, True]]))
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
