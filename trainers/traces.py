@@ -14,7 +14,7 @@ class Trace:
     memory and in a checkpoint stays bounded.
     """
 
-    def __init__(self, limit: int = 2000) -> None:
+    def __init__(self, limit: int = 1000) -> None:
         self.limit, self.stride = limit, 1
         self.steps: list[int] = []
         self.seconds: list[float] = []

@@ -133,6 +133,7 @@ def test_resumed_runs_end_as_undisturbed_ones(adapt, tmp_path, change, parts):
     torch.manual_seed(0)
     adapt(9, optimizer=adam, callbacks=[Experts(schedule), AtSix(saved)], **PARTS[parts]())
     torch.manual_seed(0)
+    torch.rand(1)  # of a process that did something else before, with the same seed
     resumed, _ = adapt(11, optimizer=adam, callbacks=[Experts(schedule)], ckpt_path=saved, **PARTS[parts]())
     assert resumed.merged.tasks == ("two", "three")
     state = whole.state_dict()
