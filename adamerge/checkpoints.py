@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.fetching import persistently
 from adamerge.plain_files import read_json
 from adamerge.tensor_files import SafetensorsState, names_in
 
@@ -106,11 +107,13 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetched(weights: str) -> Path:
+        return Path(persistently(lambda: snapshot_download(name, allow_patterns=[weights, "*.json", "*.txt"]), name))
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
-        if not any(folder.glob("*.safetensors")):  # only then the older format, which would be the same weights again
-            folder = Path(snapshot_download(name, allow_patterns=["*.bin", "*.json", "*.txt"]))
-        return folder
+        folder = fetched("*.safetensors")
+        # Only without them the older format, which would be the same weights again.
+        return folder if any(folder.glob("*.safetensors")) else fetched("*.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{name!r} is no local file or folder and could not be fetched from the Hub "

@@ -1,17 +1,22 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
 import errno
+import glob
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
+
+#: Seconds after which a temporary file that nobody has written to is one that a killed writer left.
+STALE = 3600
 
 
 @contextmanager
@@ -25,10 +30,19 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
             yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of this file left that were killed: temporary files that nobody writes to any more."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # another process may be as quick
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "memory_mb": [round(m, 1) for m in watch.memory],
         "growth_mb": round(watch.memory[-1] - watch.memory[1], 2),
         "throughput_ratio": round(seconds[0] / seconds[-1], 3),
-        "seconds_of_first_and_last": [round(seconds[0], 2), round(seconds[-1], 2)],
+        "seconds": [round(each, 2) for each in seconds],
     }
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

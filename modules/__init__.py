@@ -4,6 +4,7 @@ from modules.blocks import Blocks, LoneBlocks
 from modules.coefficients import Coefficients
 from modules.corrections import Correction, Surgery, TaskBlock
 from modules.elements import ConcreteMask, Elements, Residual
+from modules.fuser import Fuser
 from modules.given import GivenTask
 from modules.heads import Head, Heads
 from modules.merged import MergedModel
@@ -20,7 +21,7 @@ from modules.objectives import (
     Supervised,
     TaskIdentity,
 )
-from modules.routers import BlockRouter, FeatureRouter, Fuser, Router
+from modules.routers import BlockRouter, FeatureRouter, Router
 from modules.views import Pass, View
 
 __all__ = [

@@ -171,6 +171,10 @@ class Coefficients(nn.Module):
         }
         return CoefficientTable(rows, fingerprints or {})
 
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        """See `modules.Router.expert_axes`."""
+        return {"raw": (1,)}
+
     def extra_repr(self) -> str:
         return f"grain={self.grain!r}, bound={self.bound!r}, rows={sum(self.sizes)}, tasks={len(self.tasks)}"
 

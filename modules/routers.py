@@ -87,6 +87,13 @@ class Router(nn.Module, ABC):
     def build(self, sites: Sequence[Site], features: int, dtype: torch.dtype) -> None:
         """Make the parameters; `tasks`, `sites` and `scale` are known by now."""
 
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        """By parameter, the axes along which the experts have equal parts, in the order of `tasks`.
+
+        Where the pool changes in mid-run, an expert takes its parts along; a parameter without such axes stays whole.
+        """
+        return {}
+
     @abstractmethod
     def forward(self, x: Tensor, site: str) -> Tensor:
         """[B, ..., D] inputs of a site (or features, if `global_`) -> [B, K] weights."""
@@ -132,6 +139,10 @@ class BlockRouter(Router):
             self.gates.append(_start(gate, init))  # in its own precision: 0.3 in float32 is not 0.3 in float64
         self._gate_of = {site: 0 if self.shared else number for number, site in enumerate(self.sites)}
 
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        last = [gate[-1] if isinstance(gate, nn.Sequential) else gate for gate in self.gates]
+        return _outputs(self, last)
+
     def forward(self, x: Tensor, site: str) -> Tensor:
         gate = self.gates[self._gate_of[site]]
         with torch.autocast(x.device.type, enabled=False):
@@ -171,6 +182,9 @@ class FeatureRouter(Router):
         self.classifier.append(nn.Linear(width, len(self.tasks)))
         self.classifier.to(dtype)
 
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        return _outputs(self, [self.classifier[-1]])
+
     def logits(self, features: Tensor) -> Tensor:
         """[B, D] features -> [B, K] logits of the task."""
         with torch.autocast(features.device.type, enabled=False):
@@ -182,27 +196,6 @@ class FeatureRouter(Router):
         if self.hard and not self.training:
             return nn.functional.one_hot(logits.argmax(1), len(self.tasks)).to(logits)
         return logits.softmax(1)
-
-
-class Fuser(FeatureRouter):
-    """Fusion of experts (FoE, arXiv:2310.01542): an ensemble, the reference for what merging saves.
-
-    The features of all experts, z = [z₁, ..., z_K], say how much each of them counts: Σₖ wₖ zₖ, w = softmax(MLP(z)).
-    Nothing is merged. It takes K forward passes per image and keeps every expert. The MLP is KD → 2D → ... → K.
-
-    Args:
-        layers: hidden layers, each of width 2D.
-        dropout: probability while training.
-        hard: evaluate with the most likely expert alone.
-    """
-
-    mixes = "outputs"
-
-    def __init__(self, layers: int = 1, dropout: float = 0.5, hard: bool = False) -> None:
-        super().__init__(layers, dropout, hard)
-
-    def find(self, model: nn.Module, deltas: Mapping[str, AnyDeltas]) -> list[Site]:
-        return []
 
 
 def conflict(deltas: AnyDeltas) -> float:
@@ -239,6 +232,12 @@ def _gate(depth: int, width: int, experts: int) -> nn.Module:
         return _Constant(experts)
     last = nn.Linear(width, experts)
     return last if depth == 1 else nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+
+
+def _outputs(router: Router, last: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The parameters of layers that give one number per expert."""
+    own = {id(parameter) for layer in last for parameter in layer.parameters()}
+    return {name: (0,) for name, parameter in router.named_parameters() if id(parameter) in own}
 
 
 def _start(gate: nn.Module, init: float) -> nn.Module:

@@ -1,20 +1,20 @@
 """The one LightningModule behind every adaptive method."""
 
+import copy
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from adamerge import InputError, TaskVectors
 from adamerge.export import export
-from adamerge.memory import kept
 from adamerge.objectives import entropy
 from adamerge.rules import Store, Transform, transform
 from adamerge.suites import Suite
@@ -26,8 +26,10 @@ from trainers.checks import check, useless
 from trainers.finding import ByRouter, TaskFinder, regrouped
 from trainers.finetune import fine_tune
 from trainers.finite import Finite, check_finite
+from trainers.keeping import KeptMemory
 from trainers.learning import LearningModule
 from trainers.phases import Known, Phase, asks_router, boundaries, look_ahead
+from trainers.pools import adopt
 from trainers.programs import Losses, Program, average
 from trainers.seeding import drawing
 from trainers.settings import describe
@@ -93,9 +95,13 @@ class Adaptation(LearningModule):
     ) -> None:
         super().__init__(optimizer, learning_rates or {})
         self.suite, self.micro_batches, self.task_id, self.allow_labels = suite, micro_batches, task_id, allow_labels
+        #: The suite with all of its experts, and those that there are from a step on, where they change.
+        self.whole, self.schedule = suite, cast(Callable[[int], tuple[str, ...]] | None, None)
         self.finder = finder or ByRouter()
         self.coefficients = coefficients or Coefficients()
         self.router, self.correction, self.elements = router, correction, elements
+        parts = {"coefficients": self.coefficients, "router": router, "correction": correction, "elements": elements}
+        self.unbound = copy.deepcopy(parts)
         self.transforms = list(transforms or ())
         self.phases = phases or [Phase(objective or Entropy(), learn, program=program)]
         self.objectives = nn.ModuleList(phase.objective for phase in self.phases)
@@ -105,7 +111,7 @@ class Adaptation(LearningModule):
         self._ends: list[int] | None = None
         self._odd: str | None = None
         self._figures: dict[str, Tensor] = {}
-        self._memory = ExitStack()
+        self._blank = False
         if phases and (objective or learn or program):
             raise InputError("give objective, learn and program, or phases, not both")
 
@@ -130,12 +136,8 @@ class Adaptation(LearningModule):
             for phase in self.phases:
                 phase.stepper.reset()
 
-    def on_fit_start(self) -> None:
-        if self.device.type == "cpu" and not self.micro_batches:
-            self._memory.enter_context(kept())
-
-    def teardown(self, stage: str) -> None:
-        self._memory.close()
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [] if self.micro_batches else [KeptMemory()]
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -197,6 +199,10 @@ class Adaptation(LearningModule):
         more = phase.objective.blocks or asks_router(phase.objective)
         return "merged" if not inside.intersection(parts) and not more else None
 
+    def begin(self) -> None:
+        """Begin the phase anew that the run is in: what was known of its images is no longer so."""
+        self._phase = None
+
     @property
     def phase(self) -> Phase:
         """The phase that the run is in."""
@@ -230,9 +236,10 @@ class Adaptation(LearningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         part = batch_idx % self.trainer.accumulate_grad_batches
         with drawing(self.device, torch.initial_seed(), self.trainer.global_step, part, self.trainer.global_rank):
-            batch = self.told(batch)
-            losses, logits = self.phase.stepper.losses(self, batch)
-        loss = torch.stack(list(losses.values())).sum()
+            batch = self.told(batch) if batch else {}
+            losses, logits = self.phase.stepper.losses(self, batch) if batch else ({}, {})
+        self._blank = not batch
+        loss = torch.stack(list(losses.values()) or [0 * p.sum() for _, p in self.learned()]).sum()
         shown, by_task, by_entropy = self._shown(loss, losses, logits, batch)
         self.log("loss", shown, prog_bar=True)
         self._figures |= {f"loss/{task}": by_task[task] for task in losses}
@@ -300,7 +307,10 @@ class Adaptation(LearningModule):
         norm = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
         self._figures["gradient_norm"] = norm
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips steps by itself
-        if not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
+        if self._blank and not float(norm):
+            self.finite.leave_out(self.trainer.global_step + 1)
+            optimizer.zero_grad(set_to_none=True)
+        elif not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
             optimizer.zero_grad(set_to_none=True)  # what has no gradient is not moved
         if (values := self.coefficients().detach()).numel():
             stats = {"mean": values.mean(), "min": values.min(), "max": values.max()}
@@ -355,7 +365,8 @@ class Adaptation(LearningModule):
         more = {"phase_ends": self.ends(), "programs": programs, "finite": self.finite.state_dict()}
         checkpoint[ENTRY] = {**entry(self), **more}
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        adopt(self, checkpoint)
         check_entry(checkpoint.get(ENTRY), self)
         self._ends = checkpoint[ENTRY].get("phase_ends")
         self.finite.load_state_dict(checkpoint[ENTRY].get("finite", {}))

@@ -47,4 +47,6 @@ def _check_fingerprints(saved: Mapping[str, str], own: Mapping[str, str]) -> Non
             f"{name}: {saved.get(name, 'absent')[:SHORT]} in the checkpoint, {own.get(name, 'absent')[:SHORT]} here"
             for name in odd
         )
-        raise InputError(f"the checkpoint was learned on other models ({words}); give the suite it was made with")
+        other = not any(name in saved and name in own for name in odd)
+        pool = ", or add trainers.Experts to the callbacks to go on with other experts" if other else ""
+        raise InputError(f"the checkpoint was learned on other models ({words}); give the suite it was made with{pool}")

@@ -1,4 +1,4 @@
-"""Callbacks for streams without end: going back to the start, at times or on drift, and averages of what is learned."""
+"""Callbacks for streams without end: experts that come and go, ways back to the start, averages of what is learned."""
 
 import logging
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from torch import Tensor
 from adamerge import InputError
 from adamerge.objectives import entropy
 from trainers.adaptation import Adaptation
+from trainers.pools import exchange, restrict
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,80 @@ class MovingAverage(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self._now = dict(state_dict["average"]), dict(state_dict["now"])
+
+
+class Experts(L.Callback):
+    """Merges other experts of the suite from some steps on, while the run goes on.
+
+    An expert that comes starts as in a new run: its coefficients at their prior, its part of a router at random, the
+    optimiser's moments at zero (Adam's first steps for it are then longer than usual ones, by up to
+    (1 − β₁) / √(1 − β₂) = 3.2, as its count of steps is that of the others). The others keep their numbers and moments,
+    and an expert that goes takes its own along; task vectors are transformed anew, and coefficients that are bound to
+    sum to one share it out anew. Tasks and heads are the suite's throughout.
+
+    A run may also be resumed with this callback where it had none, and with a suite to which experts were added, or
+    from which they were taken: it then goes on with those that the schedule has for its step.
+
+    Args:
+        schedule: from each of these steps on, the experts that are merged, by name; `None`: all of the suite. Before
+            the first step that is named, and by default, they are all of the suite.
+    """
+
+    def __init__(self, schedule: dict[int, list[str] | None] | None = None) -> None:
+        self.schedule = dict(sorted((schedule or {}).items()))
+        for step, names in self.schedule.items():
+            if step < 0:
+                raise InputError(f"the schedule of experts begins at step 0, not {step}")
+            if names is not None and not names:
+                raise InputError(f"at step {step} no expert would be left: name one or more, or null for all")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look at every part of the schedule before work starts."""
+        if not isinstance(pl_module, Adaptation) or stage != "fit":
+            return
+        pool = pl_module.whole.experts
+        for phase in pl_module.phases:
+            if not phase.stepper.descends and phase.stepper.learns:
+                raise InputError(f"{type(phase.stepper).__name__} searches for one pool: its experts cannot change")
+        for step, names in self.schedule.items():
+            if odd := [name for name in names or () if name not in pool]:
+                raise InputError(
+                    f"from step {step} on, expert {odd[0]!r} is to be merged; the suite has {', '.join(pool)}"
+                )
+        now = pl_module.suite.experts if pl_module.model is not None else self._at(pl_module, 0)
+        for step in self.schedule:
+            restrict(pl_module, self._at(pl_module, step))
+        restrict(pl_module, now)
+        pl_module.schedule = lambda step: self._at(pl_module, step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, Adaptation):
+            later = [step for step in self.schedule if trainer.global_step < step < trainer.max_steps]
+            if later and trainer.world_size > 1:
+                raise InputError(
+                    "several processes change their experts only where they resume: end the run with "
+                    f"trainer.max_steps={later[0]}, and go on from there with --ckpt_path last"
+                )
+            self._exchange(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if isinstance(pl_module, Adaptation) and trainer.global_step < trainer.max_steps:
+            self._exchange(trainer, pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, Adaptation):
+            pl_module.schedule = None
+
+    def _exchange(self, trainer: L.Trainer, module: Adaptation) -> None:
+        wanted = self._at(module, trainer.global_step)
+        if wanted != module.merged.tasks:
+            exchange(trainer, module, wanted)
+            log.info("From step %d on, the run merges %s", trainer.global_step, ", ".join(wanted))
+
+    def _at(self, module: Adaptation, step: int) -> tuple[str, ...]:
+        """The experts after so many steps, in the suite's order."""
+        names = next((names for since, names in reversed(self.schedule.items()) if since <= step), None)
+        return tuple(name for name in module.whole.experts if names is None or name in names)
 
 
 def _learned(module: Adaptation) -> dict[str, Tensor]:

@@ -47,6 +47,11 @@ class Finite:
             log.warning("step %d is skipped: its gradient is %s", step, value)
         return False
 
+    def leave_out(self, step: int) -> None:
+        """Count a step whose batch has no image."""
+        self.skipped += 1
+        log.warning("step %d is skipped: none of its images can be read (%d steps so far)", step, self.skipped)
+
     def state_dict(self) -> dict[str, int]:
         """What the next step depends on."""
         return {"skipped": self.skipped, "row": self.row}

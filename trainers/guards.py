@@ -39,6 +39,7 @@ class Seen:
         since: what is wrong, and the step since which it is.
         looked: the step of the last look.
         stopped: whether the run was stopped.
+        experts: of which the scores are.
     """
 
     scores: dict[int, float] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Seen:
     since: dict[str, int] = field(default_factory=dict)
     looked: int = 0
     stopped: bool = False
+    experts: list[str] = field(default_factory=list)
     champion: int | None = None
 
     @property
@@ -205,6 +207,9 @@ class Guard(L.Callback):
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> dict[str, float]:
         """The criterion by task; what was learned is kept if it is the best so far on average."""
+        if self.seen.experts not in ([], experts := list(module.merged.tasks)):
+            self.seen = Seen(looked=self.seen.looked)
+        self.seen.experts = experts
         scores = {}
         with evaluating(module), trainer.precision_plugin.forward_context():
             for task, images in self._images(trainer):

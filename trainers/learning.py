@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -34,6 +34,11 @@ class LearningModule(ScoredModule):
     def learning(self, phase: Phase) -> list[str]:
         """The parts that learn in a phase."""
         return phase.learning(list(self.parts()))
+
+    def expert_axes(self) -> dict[str, tuple[int, ...]]:
+        """By parameter, the axes along which experts have parts of their own, as the run's parts say."""
+        says = {part: module.expert_axes for part, module in self.parts().items() if hasattr(module, "expert_axes")}
+        return {f"{part}.{name}": axes for part, own in says.items() for name, axes in cast(Any, own)().items()}
 
     def choose(self, parts: Collection[str]) -> None:
         """Choose, once, the parts that learn at any time."""

@@ -77,6 +77,36 @@ class Drifting(Order):
         return shuffled[times.argsort(stable=True)]
 
 
+class Joining(Order):
+    """Tasks join one after another and stay: the images of those that are there come mixed.
+
+    Where too few images are left for the place at which the next task joins, it joins earlier.
+
+    Args:
+        starts: for each task, in the order in which the stream has them, at which fraction of the stream it joins;
+            default: task k of K at k / K.
+    """
+
+    def __init__(self, starts: list[float] | None = None) -> None:
+        if starts and (min(starts) != 0 or max(starts) >= 1):
+            raise InputError(f"starts are fractions of a stream in [0, 1), the first of them 0, not {starts}")
+        self.starts = starts
+
+    def arrange(self, tasks: Tensor, labels: Callable[[], Tensor], rng: torch.Generator) -> Tensor:
+        own = _groups(tasks)
+        starts = self.starts or [k / len(own) for k in range(len(own))]
+        if len(starts) != len(own):
+            raise InputError(f"starts has {len(starts)} fractions for {len(own)} tasks")
+        times, waiting, parts = sorted(set(starts)), tasks[:0], list[Tensor]()
+        for time, until in zip(times, [*times[1:], 1.0], strict=True):
+            waiting = torch.cat([waiting, *(each for each, start in zip(own, starts, strict=True) if start == time)])
+            waiting = waiting[torch.randperm(len(waiting), generator=rng)]
+            count = round(until * len(tasks)) - sum(len(part) for part in parts) if until < 1 else len(waiting)
+            parts.append(waiting[:count])
+            waiting = waiting[count:]
+        return torch.cat(parts)
+
+
 class ClassCorrelated(Order):
     """Images of a class come close together, as the frames of a film do (NOTE, arXiv:2208.05117).
 

@@ -23,12 +23,9 @@ from trainers.evaluation import Accuracy, accuracy, average, reference_rows
 from trainers.prequential import Prequential
 from trainers.results import Results
 from trainers.streams import Stream
-from trainers.traces import Trace
+from trainers.traces import Snapshots, Trace
 
 log = logging.getLogger(__name__)
-
-#: Snapshots of the coefficients that are kept at most.
-SNAPSHOTS = 400
 
 Logits = Callable[[Tensor, str], Tensor]
 
@@ -49,11 +46,9 @@ class Report(L.Callback):
 
     def __init__(self, every: int = 10, references: bool = True, figures: bool = True, scores: bool = True) -> None:
         self.every, self.references, self.figures, self.scores = every, references, figures, scores
-        self.trace, self.online = Trace(), Prequential()
-        self.snapshots: dict[int, Tensor] = {}
+        self.trace, self.online, self.snapshots = Trace(), Prequential(), Snapshots(every)
         self.accuracies: dict[int, Accuracy] = {}
         self.attacks: dict[str, Accuracy] = {}
-        self.spacing = every
         self.seconds = 0.0
         self._since = self._step_began = time.monotonic()
 
@@ -70,12 +65,14 @@ class Report(L.Callback):
             if self.scores and 0 not in self.accuracies:
                 self.accuracies[0] = self._score(trainer, pl_module, pl_module.scored)
                 self.attacks["start"] = self._score_attacks(trainer, pl_module)
-            if not self.snapshots:  # a resumed run has its own already
+            if not self.snapshots.values:  # a resumed run has its own already
                 self._snapshot(trainer, pl_module)
         self._since = time.monotonic()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         stream = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(pl_module, Adaptation) and self.snapshots.of_others(pl_module.merged.tasks):
+            self._snapshot(trainer, pl_module)
         if self.scores and isinstance(pl_module, Adaptation) and isinstance(stream, Stream) and stream.order:
             self.online.predict(trainer, pl_module, batch)
         self._step_began = time.monotonic()
@@ -85,7 +82,7 @@ class Report(L.Callback):
             return
         self._tick()
         self.trace.add(trainer.global_step, time.monotonic() - self._step_began, outputs["losses"])
-        if trainer.global_step % self.spacing == 0 or trainer.global_step == trainer.max_steps:
+        if self.snapshots.due(trainer.global_step) or trainer.global_step == trainer.max_steps:
             self._snapshot(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,8 +99,7 @@ class Report(L.Callback):
         return {
             **self.trace.state_dict(),
             "online": self.online.state_dict(),
-            "spacing": self.spacing,
-            "snapshots": dict(self.snapshots),
+            **self.snapshots.state_dict(),
             "accuracies": dict(self.accuracies),
             "attacks": dict(self.attacks),
             "seconds": self.seconds,
@@ -113,8 +109,8 @@ class Report(L.Callback):
         self.trace.load_state_dict(state_dict)
         if "online" in state_dict:  # older checkpoints know of no such stream
             self.online.load_state_dict(state_dict["online"])
-        self.spacing = state_dict.get("spacing", self.every)
-        self.snapshots, self.accuracies = dict(state_dict["snapshots"]), dict(state_dict["accuracies"])
+        self.snapshots.load_state_dict(state_dict)
+        self.accuracies = dict(state_dict["accuracies"])
         self.attacks = dict(state_dict.get("attacks", {}))
         self.seconds = state_dict["seconds"]
 
@@ -186,6 +182,7 @@ class Report(L.Callback):
             },
             "versions": {"torch": torch.__version__, "lightning": L.__version__},
             "fingerprints": module.merged.fingerprints,
+            **({"experts": self.snapshots.experts} if len(self.snapshots.experts) > 1 else {}),
         }
         return Results(module.suite.name, module.suite.tasks, rows, settings)
 
@@ -226,12 +223,12 @@ class Report(L.Callback):
         return rows
 
     def _draw(self, module: Adaptation, results: Results, folder: Path) -> None:
-        tasks, groups = module.suite.tasks, module.coefficients.groups
-        steps = sorted(self.snapshots)
-        values = torch.stack([self.snapshots[step] for step in steps])
+        tasks, groups, now = module.suite.tasks, module.coefficients.groups, module.merged.tasks
+        steps, values, pool = self.snapshots.table()
         if not torch.equal(values[0], values[-1]):  # coefficients that learn
-            pool = module.merged.tasks
-            figures.coefficient_map(values[-1], groups, pool, values[0], folder / "coefficients.png")
+            own = [pool.index(name) for name in now]
+            start = torch.stack([values[~values[:, 0, k].isnan(), :, k][0] for k in own], 1)
+            figures.coefficient_map(values[-1][:, own], groups, now, start, folder / "coefficients.png")
             figures.coefficient_paths(steps, values, pool, folder / "coefficients_over_steps.png")
         losses = torch.stack([loss.cpu() for loss in self.trace.losses])
         experts = results.rows.get("experts")
@@ -245,10 +242,7 @@ class Report(L.Callback):
             phase.stepper.figures(tasks, folder)
 
     def _snapshot(self, trainer: L.Trainer, module: Adaptation) -> None:
-        self.snapshots[trainer.global_step] = module.coefficients.means().cpu().clone()
-        if len(self.snapshots) > SNAPSHOTS:
-            self.spacing *= 2
-            self.snapshots = {step: kept for step, kept in self.snapshots.items() if step % self.spacing == 0}
+        self.snapshots.add(trainer.global_step, module.coefficients.means(), module.merged.tasks)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -17,6 +17,7 @@ def generator(*key: object) -> torch.Generator:
 def drawing(device: torch.device, *key: object) -> Iterator[None]:
     """Within the block, torch's random numbers (dropout) depend on nothing but a key."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # torch.manual_seed would also note, with a traceback each, seeds for kinds of devices that are not there
-        (torch.default_generator if device.type == "cpu" else torch).manual_seed(generator(*key).initial_seed())
+        seed = generator(*key).initial_seed()
+        # On a CPU, its generator alone: torch's own function also notes who asked, for devices that are not in use.
+        torch.default_generator.manual_seed(seed) if device.type == "cpu" else torch.manual_seed(seed)
         yield

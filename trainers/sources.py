@@ -1,15 +1,18 @@
 """Where images to predict come from, one by one and without an end: folders that grow, file names on standard input."""
 
+import logging
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adamerge import InputError
 from adamerge.data.decoding import decode
 from adamerge.data.folders import SUFFIXES
+
+log = logging.getLogger(__name__)
 
 #: A name and an image: a PIL image or a uint8 array [H, W, 3] or [H, W].
 Item = tuple[str, Any]
@@ -23,7 +26,30 @@ class Source(ABC, Iterable[Item]):
         """Name and image, one by one; waits where the next one is still to come."""
 
 
-class Folder(Source):
+class Files(Source):
+    """Image files, which may be broken.
+
+    Args:
+        on_bad_image: "stop" raises InputError for a file that cannot be decoded, "skip" leaves it out and counts.
+    """
+
+    def __init__(self, on_bad_image: Literal["stop", "skip"] = "stop") -> None:
+        self.on_bad_image, self.unread = on_bad_image, 0
+
+    def read(self, path: Path) -> Iterator[Item]:
+        """One file, if it can be read."""
+        try:
+            image = decode(path)
+        except InputError as error:
+            if self.on_bad_image == "stop":
+                raise
+            self.unread += 1
+            log.warning("%s: it is left out (%d so far)", error, self.unread)
+        else:
+            yield str(path), image
+
+
+class Folder(Files):
     """The image files in a folder and below, by name; with `watch`, new ones as they come.
 
     A file counts as come when its size has not changed between two looks.
@@ -32,9 +58,17 @@ class Folder(Source):
         path: the folder.
         watch: seconds between two looks; default: only what is there now.
         patience: looks without anything new after which a watched folder counts as complete; default: none.
+        on_bad_image: see `Files`.
     """
 
-    def __init__(self, path: str, watch: float | None = None, patience: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        watch: float | None = None,
+        patience: int | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__(on_bad_image)
         if watch is not None and watch <= 0:
             raise InputError(f"watch is the seconds between two looks, not {watch}")
         self.path, self.watch, self.patience = Path(path).expanduser(), watch, patience
@@ -50,7 +84,7 @@ class Folder(Source):
             sizes, idle = found, 0 if ready or found != sizes else idle + 1
             for path in ready:
                 done.add(path)
-                yield str(path), decode(path)
+                yield from self.read(path)
             if self.watch is None or (self.patience is not None and idle >= self.patience):
                 return
             time.sleep(self.watch)
@@ -62,10 +96,10 @@ class Folder(Source):
         return {path: path.stat().st_size for path in seen if path.is_file()}
 
 
-class StandardInput(Source):
+class StandardInput(Files):
     """The image files that standard input names, one a line."""
 
     def __iter__(self) -> Iterator[Item]:
         for line in sys.stdin:
             if name := line.strip():
-                yield name, decode(Path(name))
+                yield from self.read(Path(name))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adamerge.data import fetch, labels_of
+from adamerge.data import fetch, fetch_readable, labels_of
 
 #: Images and their positions in the data set, by task.
 Batch = dict[str, dict[str, Tensor]]
@@ -17,7 +17,8 @@ Batch = dict[str, dict[str, Tensor]]
 class Steps(Dataset[Batch], ABC):
     """Item `step` is that step's batch: `{task: {"images": [b, 3, H, W], "index": [b]}}`, and "labels" if asked for.
 
-    In the steps `known`, images are left out.
+    In the steps `known`, images are left out. So are those that cannot be read, where a data set allows that
+    (`adamerge.data.Substituted`), and tasks of which nothing is left.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Steps(Dataset[Batch], ABC):
         batch = {}
         for task, index in self.indices_of(step).items():
             dataset = self.datasets[task]
-            batch[task] = {"index": index}
             if any(step in steps for steps in self.known):
                 images, labels = torch.empty(len(index), 0), labels_of(dataset)[index] if self.labels else index
             else:
-                images, labels = fetch(dataset, index)
-            batch[task]["images"] = images
+                index, images, labels = fetch_readable(dataset, index)
+            if not len(index):
+                continue
+            batch[task] = {"index": index, "images": images}
             if self.labels:
                 batch[task]["labels"] = labels
         return batch

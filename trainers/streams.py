@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from adamerge import InputError
 from adamerge.corruptions import Corruption
-from adamerge.data import Substituted, fetch, labels_of, split_held_out
+from adamerge.data import Substituted, fetch, fetch_readable, labels_of, split_held_out
 from adamerge.suites import Split, Suite
 from trainers.corrupting import Corrupted
 from trainers.loading import load
@@ -46,8 +46,8 @@ class Stream(L.LightningDataModule):
         seed: of the order of images.
         eval_batch_size: images per forward pass in evaluation.
         num_workers: worker processes that load images; where one dies, another goes on with what it owed.
-        on_bad_image: "stop" raises InputError for an image that can no longer be read, "skip" lets another one of the
-            same batch take its place, in adaptation and in scoring, and counts.
+        on_bad_image: "stop" raises InputError for an image that can no longer be read, "skip" leaves it out, in
+            adaptation and in scoring, and counts; a step of which nothing is left learns nothing.
         order: of a stream that passes once, such as `trainers.Shuffled`.
         tasks: adapt on these alone, in this order, and score all; default: all.
         corruptions: of the images that are scored, and adapted on where they are of the same split (see
@@ -99,7 +99,7 @@ class Stream(L.LightningDataModule):
         self.per_task, self.half = per_task, half
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
         self.eval_batch_size, self.num_workers, self.on_bad_image = eval_batch_size, num_workers, on_bad_image
-        self._substituted: dict[tuple[str, Split], Substituted] = {}
+        self._unread: dict[tuple[str, str], dict[int, str]] = {}
 
     @property
     def suite(self) -> Suite:
@@ -164,8 +164,8 @@ class Stream(L.LightningDataModule):
         """What to adapt on and what to score, by task."""
         parts: dict[str, tuple[Dataset[Any], Dataset[Any]]] = {}
         for task in self.suite.tasks:
-            dataset = self._images(task, self.split)
-            adapted = dataset if self.train_split == self.split else self._images(task, self.train_split)
+            dataset = self.suite.dataset(task, self.split)
+            adapted = dataset if self.train_split == self.split else self.suite.dataset(task, self.train_split)
             for split, images in ((self.split, dataset), (self.train_split, adapted)):
                 if not len(images):  # type: ignore[arg-type]
                     raise InputError(f"task {task!r} has no image in its {split} split")
@@ -177,7 +177,13 @@ class Stream(L.LightningDataModule):
                 half = split_held_out(len(adapted), 0.5, self.seed)[self.half]  # type: ignore[arg-type]
                 adapted = Part(adapted, half)
             parts[task] = (self._few(task, adapted), scored)
-        return self._corrupt(parts) if self.corruptions else parts
+        parts = self._corrupt(parts) if self.corruptions else parts
+        return parts if self.on_bad_image == "stop" else {task: self._robust(task, *own) for task, own in parts.items()}
+
+    def _robust(self, task: str, adapted: Dataset[Any], scored: Dataset[Any]) -> tuple[Substituted, Substituted]:
+        """The same, without what cannot be read; what was told of one is not told again."""
+        own = Substituted(scored, self._unread.setdefault((task, "scored"), {}))
+        return own if adapted is scored else Substituted(adapted, self._unread.setdefault((task, "adapted"), {})), own
 
     def _adapted(self) -> list[str]:
         """The tasks to adapt on."""
@@ -210,14 +216,6 @@ class Stream(L.LightningDataModule):
             else:
                 found[task] = (corrupted(task, adapted, whole.get(task, turns[task])), ours)
         return found
-
-    def _images(self, task: str, split: Split) -> Dataset[Any]:
-        """A split of a task's images, as robust as was asked for."""
-        if self.on_bad_image == "stop":
-            return self.suite.dataset(task, split)
-        if (task, split) not in self._substituted:  # once, so that no image is counted twice
-            self._substituted[task, split] = Substituted(self.suite.dataset(task, split))
-        return self._substituted[task, split]
 
     def _few(self, task: str, dataset: Dataset[Any]) -> Dataset[Any]:
         """`per_task` images of a data set."""
@@ -321,7 +319,9 @@ class EvalChunks(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
         rank, world = self.shard
         stop = min((chunk + 1) * self.batch_size, len(self.dataset))  # type: ignore[arg-type]
-        return fetch(self.dataset, torch.arange(chunk * self.batch_size, stop)[rank::world])
+        places = torch.arange(chunk * self.batch_size, stop)[rank::world]
+        _, images, labels = fetch_readable(self.dataset, places)
+        return images, labels
 
 
 class StepLoader:

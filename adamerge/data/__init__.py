@@ -5,7 +5,7 @@ from adamerge.data.base import DataSource, Images, Split, check_data, fetch, lab
 from adamerge.data.folders import ImageFolders
 from adamerge.data.hub import HubData
 from adamerge.data.preprocess import Preprocess
-from adamerge.data.substituted import Substituted
+from adamerge.data.substituted import Substituted, fetch_readable
 from adamerge.data.torch_data import TorchData
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TorchData",
     "check_data",
     "fetch",
+    "fetch_readable",
     "labels_of",
     "split_held_out",
 ]

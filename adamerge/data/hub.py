@@ -11,6 +11,7 @@ from adamerge.data.base import SPLITS, DataSource, Images, Split, class_differen
 from adamerge.data.decoding import reason
 from adamerge.data.preprocess import Preprocess
 from adamerge.errors import InputError
+from adamerge.fetching import persistently
 
 
 class HubImages(Images):
@@ -106,7 +107,8 @@ class HubData(DataSource):
         folder, name = Path(self.path).expanduser(), self._split_names[split]
         try:
             if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-                return datasets.load_dataset(str(folder) if folder.exists() else self.path, self.name, split=name)
+                where = str(folder) if folder.exists() else self.path
+                return persistently(lambda: datasets.load_dataset(where, self.name, split=name), self.path)
             saved = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
             hint = "; check the name and the network, or give a local folder" if isinstance(error, OSError) else ""

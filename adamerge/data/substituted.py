@@ -14,17 +14,19 @@ log = logging.getLogger(__name__)
 
 
 class Substituted(Dataset[tuple[Tensor, int]]):
-    """Where an image cannot be read, another of the same batch takes its place, label and all; each is told of once.
+    """Leaves out images that cannot be read, where `readable` is asked; each is told of once.
 
-    A batch none of whose images can be read is an InputError all the same.
+    For who needs as many images as were asked for, `batch` has another of the same batch in the place of each, label
+    and all; a batch none of whose images can be read is an InputError then.
 
-    Attributes:
-        unread: why an image could not be read, by its position.
+    Args:
+        dataset: the images.
+        unread: why an image could not be read, by its position; added to.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], unread: dict[int, str] | None = None) -> None:
         self.dataset = dataset
-        self.unread: dict[int, str] = {}
+        self.unread: dict[int, str] = {} if unread is None else unread
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -43,14 +45,25 @@ class Substituted(Dataset[tuple[Tensor, int]]):
         try:
             return fetch(self.dataset, indices)
         except InputError as error:
-            return fetch(self.dataset, self._readable(indices, error))
+            good = self._good(indices, error)
+            if not good.any():
+                raise
+            return fetch(self.dataset, torch.where(good, indices, indices[good][0]))
 
-    def _readable(self, indices: Tensor, error: InputError) -> Tensor:
-        """The positions with the first that can be read in place of those that cannot."""
+    def readable(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the positions whose images can be read, with images and labels; possibly none."""
+        try:
+            return indices, *fetch(self.dataset, indices)
+        except InputError as error:
+            kept = indices[self._good(indices, error)]
+            return kept, *(fetch(self.dataset, kept) if len(kept) else (torch.empty(0), kept))
+
+    def _good(self, indices: Tensor, error: InputError) -> Tensor:
+        """Whether each image can be read; raises the error where nothing is wrong with any by itself."""
         good = torch.tensor([self._can_read(index) for index in indices.tolist()])
-        if not good.any() or good.all():  # nothing to put in their place, or nothing wrong with any by itself
+        if good.all():
             raise error
-        return torch.where(good, indices, indices[good][0])
+        return good
 
     def _can_read(self, index: int) -> bool:
         try:
@@ -58,6 +71,11 @@ class Substituted(Dataset[tuple[Tensor, int]]):
         except InputError as error:
             if index not in self.unread:
                 self.unread[index] = str(error)
-                log.warning("%s: another image takes its place (%d so far)", error, len(self.unread))
+                log.warning("%s: it is left out (%d so far)", error, len(self.unread))
             return False
         return True
+
+
+def fetch_readable(dataset: Dataset[Any], indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, images and labels: of all, or of those that can be read where the others are left out."""
+    return dataset.readable(indices) if isinstance(dataset, Substituted) else (indices, *fetch(dataset, indices))

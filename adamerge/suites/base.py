@@ -106,7 +106,11 @@ class Suite(ABC):
         """Base and experts, by the names of the backbone's state dict."""
 
     def states(self) -> tuple[State, Mapping[str, State]]:
-        """State dicts of the base and of each expert. Suites over files open them here and read nothing yet."""
+        """State dicts of the base and of each expert. Suites over files open them here and read nothing yet.
+
+        By default θ₀ + τₖ, which may differ from what an expert was in its last digit: a suite whose experts come and
+        go in mid-run gives them as they were.
+        """
         vectors = self.task_vectors()
         return vectors.base, {name: vectors.expert(name) for name in vectors.tasks}
 

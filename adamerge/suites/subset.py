@@ -64,5 +64,8 @@ class Subset(Suite):
     def head(self, task: str) -> HeadWeights:
         return self.suite.head(task)
 
+    def attack(self, task: str) -> Dataset[tuple[Tensor, int]] | None:
+        return self.suite.attack(task)
+
     def dataset(self, task: str, split: Split) -> Dataset[tuple[Tensor, int]]:
         return self.suite.dataset(task, split)

@@ -1,8 +1,11 @@
 """Files are whole or not there."""
 
+import os
+import time
+
 import pytest
 
-from adamerge.files import replacing, write_text
+from adamerge.files import STALE, replacing, write_text
 
 
 def test_a_file_takes_its_name_when_it_is_complete(tmp_path):
@@ -28,3 +31,13 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         fail()
     assert path.read_text(encoding="utf-8") == "old: μ"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writers_left_is_removed_when_the_file_is_written_again(tmp_path):
+    left, others, fresh = (tmp_path / name for name in (".a.txt.1.tmp", ".aa.txt.1.tmp", ".a.txt.2.tmp"))
+    for path in (left, others, fresh):
+        path.write_text("half")
+    for path in (left, others):
+        os.utime(path, (time.time() - STALE - 5,) * 2)
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, others, tmp_path / "a.txt"]), "others may still be written to"

@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import lightning as L
@@ -217,3 +218,24 @@ def test_logged_figures_are_those_of_their_step(adapt, tmp_path):
     assert {"loss", "loss/one", "entropy/two", "gradient_norm", "coefficients/mean"} <= set(whole[0])
     assert some == {step: whole[step] for step in (1, 3, 5)}
     assert stopped == {step: whole[step] for step in (1, 3, 4)}
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_a_run_keeps_its_memory_until_it_ends_or_fails(adapt, monkeypatch, micro_batches):
+    events = []
+
+    @contextmanager
+    def kept():
+        events.append("kept")
+        yield
+        events.append("freed")
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError(f"after {len(events)} events")
+
+    monkeypatch.setattr("trainers.keeping.kept", kept)
+    adapt(2, micro_batches=micro_batches)
+    with pytest.raises(RuntimeError, match=f"after {0 if micro_batches else 3} events"):
+        adapt(2, micro_batches=micro_batches, callbacks=[Fails()])
+    assert events == ([] if micro_batches else ["kept", "freed"] * 2)

@@ -1,20 +1,26 @@
 """Workers that die and images that break in mid-stream."""
 
+import json
 import os
 import re
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from tiny_suite import TinySuite
 from torch.utils.data import Dataset
 
 from adamerge import InputError
-from adamerge.data import Substituted, fetch, labels_of
-from trainers import Stream
+from adamerge.data import Substituted, fetch, fetch_readable, labels_of
+from trainers import ByEntropy, Shuffled, Stream
+from trainers.evaluation import accuracy
 from trainers.loading import TRIES, load
+from trainers.report import Report
+from trainers.streams import Part
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and kill")
 
@@ -99,7 +105,7 @@ def test_another_image_takes_the_place_of_one_that_cannot_be_read(caplog):
     assert torch.equal(got, expected)
     assert torch.equal(labels, expected_labels)
     fetch(torn, [5, 4])
-    assert caplog.text.count("5.png cannot be decoded: truncated: another image takes its place") == 1
+    assert caplog.text.count("5.png cannot be decoded: truncated: it is left out") == 1
     assert "(2 so far)" in caplog.text
     assert sorted(torn.unread) == [1, 5]
     assert torch.equal(labels_of(torn), images.labels)
@@ -107,10 +113,44 @@ def test_another_image_takes_the_place_of_one_that_cannot_be_read(caplog):
         fetch(torn, [1, 5])
 
 
+def test_what_cannot_be_read_is_left_out():
+    images = TinySuite().dataset("one", "test")
+    torn = Substituted(Torn(images, [1, 5]))
+    index, got, labels = fetch_readable(torn, torch.tensor([5, 3, 1, 4]))
+    assert index.tolist() == [3, 4]
+    assert all(map(torch.equal, (got, labels), fetch(images, [3, 4])))
+    assert [len(part) for part in fetch_readable(torn, torch.tensor([5, 1]))] == [0, 0, 0]
+    with pytest.raises(InputError, match=r"5\.png"):
+        fetch_readable(Torn(images, [1, 5]), torch.tensor([5, 3]))
+
+
+@pytest.mark.parametrize("task_known", [True, False])
+def test_an_online_stream_leaves_out_what_cannot_be_read_and_counts_nothing_twice(adapt, tmp_path, caplog, task_known):
+    """69 images one by one, two of which cannot be read: those steps learn nothing, and neither is scored."""
+    stream = Stream(batch_size=1, order=Shuffled(), on_bad_image="skip", task_known=task_known)
+    unknown = {} if task_known else {"task_id": "inferred", "finder": ByEntropy()}
+    report, seen = Report(figures=False, references=False), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, *_):
+            seen.append((not batch, module.coefficients.raw.detach().clone()))
+
+    run, trainer = adapt(100, suite=TornSuite(), stream=stream, callbacks=[report, Watch()], **unknown)
+    assert trainer.global_step == 69
+    assert run.finite.skipped == sum(blank for blank, _ in seen) == 2
+    moved = [not torch.equal(a, b) for (_, a), (_, b) in pairwise(seen)]
+    assert moved == [not blank for blank, _ in seen[1:]], "not even by what the optimiser remembers"
+    assert report.online.table().sum(0)[0].tolist() == [23, 21, 23]
+    assert caplog.text.count("none of its images can be read") == 2
+    assert caplog.text.count("5.png cannot be decoded: truncated: it is left out") == 1
+    assert json.loads((tmp_path / "results.json").read_text())["skipped_steps"] == 2
+    rest = Part(TinySuite().dataset("two", "test"), [n for n in range(23) if n not in (1, 5)])
+    assert report.accuracies[69]["two"] == pytest.approx(accuracy(run.scored, {"two": rest})["two"])
+
+
 def test_a_run_stops_or_goes_on_as_it_was_told(adapt):
     with pytest.raises(InputError, match=r"\.png cannot be decoded"):
         adapt(steps=8, suite=TornSuite())
     _, trainer = adapt(steps=8, suite=TornSuite(), stream=Stream(batch_size=4, on_bad_image="skip"))
     assert trainer.global_step == 8
-    assert set(trainer.datamodule._substituted["two", "test"].unread) <= {1, 5}
-    assert trainer.datamodule._substituted["two", "test"].unread
+    assert set(trainer.datamodule._unread["two", "scored"]) == {1, 5}

@@ -5,14 +5,14 @@ import torch
 from tiny_suite import TinySuite
 
 from adamerge import InputError
-from trainers.orders import ClassBlocks, ClassCorrelated, Drifting, OrderedSteps, Shuffled, TaskBlocks
+from trainers.orders import ClassBlocks, ClassCorrelated, Drifting, Joining, OrderedSteps, Shuffled, TaskBlocks
 from trainers.seeding import generator
 from trainers.steps import Together, Untold
 
 #: Four tasks of 30 images, of 2, 3, 4 and 5 classes.
 TASKS = torch.arange(4).repeat_interleave(30)
 LABELS = torch.cat([10 * k + torch.arange(30) % (2 + k) for k in range(4)])
-ORDERS = [Shuffled(), TaskBlocks(), TaskBlocks(3), Drifting(), ClassCorrelated(), ClassBlocks(3)]
+ORDERS = [Shuffled(), TaskBlocks(), TaskBlocks(3), Drifting(), Joining(), ClassCorrelated(), ClassBlocks(3)]
 
 
 def come(order, seed: int = 0) -> torch.Tensor:
@@ -42,6 +42,19 @@ def test_a_drifting_mixture_goes_from_blocks_to_shuffled():
     assert torch.stack([wide[k == TASKS].mean() for k in range(4)]).std() < 12
 
 
+def test_tasks_join_where_they_should_and_stay():
+    tasks = TASKS[come(Joining([0.25, 0, 0.5, 0]))]
+    first = {k: int((tasks == k).nonzero()[0]) for k in range(4)}
+    assert 30 <= first[0] < 40
+    assert 60 <= first[2] < 70
+    for part in (slice(0, 30), slice(30, 60), slice(60, 90), slice(90, 120)):
+        there = {k for k in range(4) if first[k] < part.stop}
+        assert set(tasks[part].tolist()) == there
+    early = TASKS[come(Joining([0, 0.9, 0.9, 0.9]))]
+    assert early[:30].equal(torch.zeros(30, dtype=torch.int64)), "no image is lost where too few are left to wait with"
+    assert len(early[30:42].unique()) == 3
+
+
 def test_the_smaller_delta_the_closer_images_of_a_class_come():
     def repeats(order) -> float:
         classes = LABELS[come(order)]
@@ -66,7 +79,7 @@ def test_orders_that_need_none_ask_for_no_label():
     def labels():
         raise AssertionError("labels were asked for")
 
-    for order in (Shuffled(), TaskBlocks(2), Drifting()):
+    for order in (Shuffled(), TaskBlocks(2), Drifting(), Joining()):
         order.arrange(TASKS, labels, generator(0))
 
 
@@ -75,6 +88,8 @@ def test_orders_that_need_none_ask_for_no_label():
     [
         (lambda: TaskBlocks(0), "rounds must be positive, got 0"),
         (lambda: Drifting(-1), "at least 0, not -1"),
+        (lambda: Joining([0.1, 0.5]), r"fractions of a stream in \[0, 1\), the first of them 0, not \[0.1, 0.5\]"),
+        (lambda: come(Joining([0, 0.5])), "starts has 2 fractions for 4 tasks"),
         (lambda: ClassCorrelated(0), "delta must be positive"),
         (lambda: ClassBlocks(2, 0), "shown must be positive, got 0"),
     ],

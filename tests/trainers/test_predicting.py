@@ -119,6 +119,18 @@ def test_standard_input_names_files(tmp_path, monkeypatch):
     assert [name for name, _ in StandardInput()] == [f"{tmp_path}/a.png"]
 
 
+def test_a_broken_file_stops_or_is_left_out(tmp_path, monkeypatch, caplog):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(InputError, match=r"b\.png cannot be decoded"):
+        list(Folder(str(tmp_path)))
+    assert [Path(name).name for name, _ in Folder(str(tmp_path), on_bad_image="skip")] == ["a.png"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{tmp_path}/b.png\n{tmp_path}/none.png\n{tmp_path}/a.png\n"))
+    assert [Path(name).name for name, _ in StandardInput("skip")] == ["a.png"]
+    assert "none.png cannot be decoded" in caplog.text
+    assert "(2 so far)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("kwargs", "given", "message"),
     [

@@ -133,7 +133,7 @@ def test_a_run_that_ends_early_is_reported(adapt, tmp_path):
     adapt(steps=50, callbacks=[report], program=MAP(points=4, batches=2))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["steps"] == 3
-    assert sorted(report.snapshots) == sorted(report.accuracies) == [0, 3]
+    assert sorted(report.snapshots.values) == sorted(report.accuracies) == [0, 3]
     assert {"pareto_front.png", "coefficients.png"} <= {path.name for path in (tmp_path / "figures").iterdir()}
 
 

@@ -32,6 +32,9 @@ class TinySuite(Suite):
         return TinyViT(image_size=8, patch=4, dim=8, depth=2, heads=2) if self.vit else MLP(image_size=4, dim=8)
 
     def task_vectors(self) -> TaskVectors:
+        return TaskVectors.from_state_dicts(*self.states())
+
+    def states(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         rng = torch.Generator().manual_seed(self.seed)
 
         def noise(scale: float) -> dict[str, Tensor]:
@@ -39,8 +42,7 @@ class TinySuite(Suite):
             return {name: scale * torch.randn(value.shape, generator=rng) for name, value in state.items()}
 
         base = noise(0.5)
-        experts = {task: {name: base[name] + change for name, change in noise(0.2).items()} for task in self.tasks}
-        return TaskVectors.from_state_dicts(base, experts)
+        return base, {task: {name: base[name] + change for name, change in noise(0.2).items()} for task in self.tasks}
 
     def classes(self, task: str) -> tuple[str, ...]:
         return tuple("abcde")[: 2 + len(task) % 3]
