@@ -135,10 +135,10 @@ def inspect(recipe: Path, output: Path | None, matrices: int) -> None:
 
     console = Console(stderr=True)
     with _told():
-        found = report.inspect(read(recipe), matrices, console)
+        found = report.inspect(read(recipe.expanduser()), matrices, console)
         Console().print(report.show(found))
         if output is not None:
-            report.write(found, output)
+            report.write(found, output.expanduser())
             _say(f"written into {output}")
 
 

@@ -62,6 +62,7 @@ class Recipe:
         base: a folder or file, relative to the recipe's folder, or a Hub id.
         experts: task -> likewise, or the folder or Hub id of a LoRA adapter of the base.
         rules: in order; `Trim`, `{Trim: {keep: 0.2}}` or `{class_path: adamerge.rules.Trim, init_args: {keep: 0.2}}`.
+            Paths that they take are relative to the recipe's folder, too.
         scale: a number, a list of them from the first block to the last, or either by patterns of names.
         exclude: patterns of tensors that stay the base's.
         dtype: of the merged floats; the base's by default.
@@ -134,7 +135,7 @@ def job(recipe: Recipe, folder: Path) -> Job:
     if recipe.tokenizer not in (BASE, *recipe.experts):
         known = (BASE, *recipe.experts)
         raise InputError(f"tokenizer is {recipe.tokenizer!r}{did_you_mean(recipe.tokenizer, known)}")
-    rules = build_rules(recipe.rules, recipe.seed)
+    rules = build_rules(recipe.rules, recipe.seed, folder)
     size = parse_size(recipe.shard_size)
     sources = {BASE: recipe.base, **recipe.experts}
     paths = {name: locate(where, folder) for name, where in sources.items()}

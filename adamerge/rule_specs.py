@@ -4,7 +4,8 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -17,11 +18,11 @@ from adamerge.rules import Correction, Rule, Transform
 T = TypeVar("T")
 
 
-def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
+def build_rules(specs: Sequence[Any], seed: int | None = None, folder: Path | None = None) -> list[Step]:
     """Rules from `Name`, `{Name: {argument: value}}` or `{class_path: ..., init_args: ...}`.
 
     A rule that takes a `seed` and is given none takes this one. Rules that take other rules, as `rule` or `rules`, take
-    them in the same forms.
+    them in the same forms. Paths among the arguments are relative to the folder: by default, the working directory.
 
     Raises:
         InputError: for an unknown rule or argument, with the nearest right one, and for a value of another type.
@@ -37,11 +38,22 @@ def build_rules(specs: Sequence[Any], seed: int | None = None) -> list[Step]:
         if seed is not None and "seed" in accepted:
             arguments = {"seed": seed, **arguments}
         if isinstance(inner := arguments.get("rules"), list):
-            arguments["rules"] = build_rules(inner, seed)
+            arguments["rules"] = build_rules(inner, seed, folder)
         if (only := arguments.get("rule")) is not None:
-            (arguments["rule"],) = build_rules([only], seed)
-        built.append(build(cls, arguments, cls.__name__))
+            (arguments["rule"],) = build_rules([only], seed, folder)
+        built.append(build(cls, arguments | _placed(cls, arguments, folder), cls.__name__))
     return built
+
+
+def _placed(cls: type[Any], arguments: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
+    """Those arguments that are paths, from the folder on; absolute ones, and `~`, stay where they are."""
+    hints = get_type_hints(cls.__init__) if folder is not None else {}
+    places = {key: value for key, value in arguments.items() if isinstance(value, str) and value}
+    return {
+        key: str(folder / Path(value).expanduser())
+        for key, value in places.items()
+        if folder is not None and Path in get_args(hints.get(key))
+    }
 
 
 def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:

@@ -64,7 +64,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
 
 def _locate(model: str) -> Path:
     """Where a model is, without the adapter of `model+adapter`; a Hub id is downloaded."""
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.exists():
         return path
     if "+" in model:
@@ -76,7 +76,7 @@ def _locate(model: str) -> Path:
 
 def _adapter(model: str) -> Path | None:
     """Where the adapter of `model+adapter` is."""
-    if Path(model).exists() or "+" not in model:
+    if Path(model).expanduser().exists() or "+" not in model:
         return None
     folder = _locate(model.partition("+")[2])
     if not is_adapter(folder):

@@ -41,7 +41,7 @@ class Store(Transform):
         self,
         dtype: Literal["same", "bfloat16", "int8"] = "bfloat16",
         place: Literal["memory", "host", "disk", "processes"] = "memory",
-        folder: str | None = None,
+        folder: str | Path | None = None,
     ) -> None:
         if dtype not in _DTYPES or place not in ("memory", "host", "disk", "processes"):
             raise InputError(f"Store(dtype={dtype!r}, place={place!r}): there is no such form")

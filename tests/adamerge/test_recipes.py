@@ -168,3 +168,21 @@ def test_where_models_are(folder, monkeypatch):
     assert locate("org/model", folder) == folder / "org/model"
     assert locate("models/x.safetensors", folder) == folder / "models/x.safetensors"
     assert locate("/absolute/model", folder) == Path("/absolute/model")
+
+
+def test_paths_that_rules_take_are_beside_the_recipe_too(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    specs = [
+        {"RegMean": {"statistics": "grams"}},
+        {"RegMean": {"statistics": "~/grams"}},
+        {"RegMean": {"statistics": "/grams"}},
+        {"Rebase": {"rule": {"RegMean": {"statistics": "grams"}}}},
+        "RegMean",
+    ]
+    here, home, absolute, inner, none = build_rules(specs, folder=folder)
+    assert [here.statistics, home.statistics] == [str(folder / "grams"), str(folder / "home" / "grams")]
+    assert [absolute.statistics, none.statistics] == ["/grams", None]
+    assert inner.rule.statistics == str(folder / "grams")
+    assert build_rules(specs)[0].statistics == "grams"
+    with pytest.raises(InputError, match=str(folder / "measured")):
+        job(parse(MINIMAL | {"rules": [{"RegMean": {"statistics": "measured"}}]}), folder).rules[0].check(("a",))

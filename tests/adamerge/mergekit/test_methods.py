@@ -51,6 +51,14 @@ def weighted(method: str, own: str = "", shared: str = "", last: float = 0.25) -
 WEIGHTS, DENSITIES = (1.0, 0.5, 0.25), (0.5, 0.4, 0.9)
 
 
+def test_models_in_the_home_folder(models, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain = (
+        "models: [{model: one, parameters: {weight: 1}}, {model: two, parameters: {weight: 3}}]\nmerge_method: linear"
+    )
+    close(run(plain.replace("one", "~/one").replace("two", "~/two")), run(plain))
+
+
 # -- the methods -------------------------------------------------------------------------------------------------------
 
 
