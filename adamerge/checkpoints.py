@@ -25,6 +25,8 @@ from adamerge.tensor_files import SafetensorsState, names_in
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 _LONGEST = 255  # characters of a file's name
+#: What goes along with weights: configs, tokenizers, templates, and the code of models that bring their own.
+_BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 #: L [m, r] and R [r, n]: a change L R of a tensor [m, …] with n elements a row.
@@ -108,7 +110,7 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetched(weights: str) -> Path:
-        return Path(persistently(lambda: snapshot_download(name, allow_patterns=[weights, "*.json", "*.txt"]), name))
+        return Path(persistently(lambda: snapshot_download(name, allow_patterns=[weights, *_BESIDE]), name))
 
     try:
         folder = fetched("*.safetensors")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import lightning as L
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adamerge import InputError
-from adamerge.checkpoints import meta, open_state, read_extra
+from adamerge.checkpoints import hub_folder, meta, open_state, read_extra
 
 STATE = {
     "0.weight": torch.arange(12.0).view(3, 4),
@@ -157,6 +158,19 @@ def test_a_hub_id_is_fetched_into_the_hubs_cache(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
     assert same(open_state(name), STATE)
     assert asked == [name]
+
+
+def test_what_a_model_needs_beside_its_weights_is_fetched_too(tmp_path, monkeypatch):
+    save_file(STATE, tmp_path / "model.safetensors")
+    patterns = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: patterns.extend(allow_patterns) or str(tmp_path),
+    )
+    hub_folder("a/b")
+    needed = ["config.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "model.safetensors"]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in needed)
+    assert not any(fnmatch(name, pattern) for pattern in patterns for name in ("pytorch_model.bin", "tf_model.h5"))
 
 
 @pytest.mark.parametrize("name", ["openai/no-such-model", "-a/b--c"])
