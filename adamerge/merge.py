@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.fused import Joined, split
-from adamerge.rules import Correction, ElectSign, Rule, TaskArithmetic, Transform, WeightRule, transform
+from adamerge.rules import Correction, ElectSign, Fold, Rule, TaskArithmetic, Transform, WeightRule, transform
 from adamerge.rules.base import check_transforms
 from adamerge.rules.combining import MergedState, in_memory
 from adamerge.scales import Scale, matching
@@ -119,6 +119,12 @@ def stages(rules: Sequence[Step]) -> tuple[list[Transform], Rule[Any], list[Corr
                 f"ElectSign('mean') combines the experts, and so does {type(rule).__name__}: leave one out, or use "
                 "ElectSign('sum') to elect alone"
             )
+    if isinstance(rule, Fold) and len(rules) > 1:
+        other = next(name for name in names if name != "Fold")
+        raise InputError(
+            f"Fold lets an expert join a merge, and {other} would change that merge once more: leave {other} out, or "
+            "merge all experts anew"
+        )
     if isinstance(rule, WeightRule) and transforms:
         raise InputError(
             f"{type(rule).__name__} merges the experts' weights, not their task vectors: "

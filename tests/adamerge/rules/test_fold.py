@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors, fold, merge
-from adamerge.rules import Fold, MagMax, Mean, MetaGpt, TaskArithmetic
+from adamerge.rules import Consensus, Fold, MagMax, Mean, MetaGpt, TaskArithmetic, Trim
 
 RULES = [(Mean(), 1.0), (Mean(), 0.5), (TaskArithmetic(), 1.0), (TaskArithmetic(), 0.3), (MagMax(), 0.5)]
 every_rule = pytest.mark.parametrize(
@@ -55,6 +55,13 @@ def test_files_are_folded_as_they_are_merged(base, experts, tmp_path):
     found = merge(TaskVectors.open(tmp_path / "base.safetensors", files), [Fold(Mean(), 2)])
     expected = fold(merged, base, experts["signs"], Mean(), 2)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("rules", [[Trim(0.2), Fold(Mean(), 2)], [Fold(Mean(), 2), Consensus()]])
+def test_nothing_else_changes_a_merge_that_an_expert_joins(base, experts, rules):
+    two = dict(list(experts.items())[:2])
+    with pytest.raises(InputError, match=r"(Trim|Consensus) would change that merge once more: leave \1 out"):
+        merge(TaskVectors.from_state_dicts(base, two), rules)
 
 
 def test_what_cannot_be_folded_is_refused(base, experts):
