@@ -73,6 +73,17 @@ def _free(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}"
 
 
+def flush(path: Path) -> None:
+    """See to it that a file, or a folder's list of names, is on the disk itself: what a power cut leaves."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file under its final name only once it is complete."""
     with replacing(path) as temporary:

@@ -17,7 +17,7 @@ from torch import Tensor
 from adamerge import __version__
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
-from adamerge.files import json_file, locked, write_text
+from adamerge.files import flush, json_file, locked, write_text
 from adamerge.fused import Joined
 from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
@@ -53,9 +53,12 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
     try:
         with locked(partial / LOCK):
             _write(job, partial, console)
+            for path in (*partial.iterdir(), partial):
+                flush(path)
             if place.is_dir():
                 place.rmdir()
             partial.rename(place)
+            flush(place.parent)
     except BlockingIOError as error:
         raise InputError(f"another merge into {output} is going on: wait for it, or name another folder") from error
     (place / LOCK).unlink(missing_ok=True)

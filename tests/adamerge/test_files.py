@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from adamerge.files import STALE, replacing, write_text
+from adamerge.files import STALE, flush, replacing, write_text
 
 
 def test_a_file_takes_its_name_when_it_is_complete(tmp_path):
@@ -41,3 +41,12 @@ def test_what_killed_writers_left_is_removed_when_the_file_is_written_again(tmp_
         os.utime(path, (time.time() - STALE - 5,) * 2)
     write_text(tmp_path / "a.txt", "whole")
     assert sorted(tmp_path.iterdir()) == sorted([fresh, others, tmp_path / "a.txt"]), "others may still be written to"
+
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("whole")
+    synced, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), original(file)))
+    flush(tmp_path / "a.txt")
+    flush(tmp_path)
+    assert synced == [(tmp_path / "a.txt").stat().st_ino, tmp_path.stat().st_ino]
