@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -18,7 +19,7 @@ from adamerge.fused import Thirds
 from adamerge.kinds import kind, role
 from adamerge.merge import stages
 from adamerge.recipes import Job
-from adamerge.rules.base import Correction, PerTensor, Rule
+from adamerge.rules.base import Changes, Correction, PerTensor, Rule
 from adamerge.running import check_output, outcome
 from adamerge.scales import matching, per_tensor
 from adamerge.task_vectors import PIECE
@@ -36,9 +37,10 @@ def report(job: Job, output: Path | None = None) -> RenderableType:
             something already, and for a disk with less space than the merge takes.
     """
     vectors = job.task_vectors
-    _, rule, _ = stages(job.rules)
+    rule = stages(job.rules)[1]
     rule.check(vectors.tasks)
     merged = _merged(job)
+    _fit_what_reads_nothing(job, merged)
     per_tensor(job.scale, Thirds(vectors.base).split(merged) if job.split_fused_qkv else merged)
     written = sum(tensor.nbytes for tensor in outcome(job).values())
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -53,6 +55,16 @@ def report(job: Job, output: Path | None = None) -> RenderableType:
 def passes(job: Job) -> int:
     """How often the rules read all tensors before the one time in which they merge."""
     return sum(_fits(step) for step in job.rules)
+
+
+def _fit_what_reads_nothing(job: Job, merged: list[str]) -> None:
+    """Raise now what steps would raise that look at names and experts alone."""
+    vectors = job.task_vectors
+    vectors = vectors.without(set(vectors.deltas) - set(merged))
+    changes = Changes(tuple(merged), vectors.tasks, lambda: iter(()))
+    for step in job.rules:
+        if getattr(step, "passes", None) == 0:
+            cast(Any, step).fit(changes if isinstance(step, Correction) else vectors)
 
 
 def _rows(job: Job, merged: list[str], written: int) -> Iterable[tuple[str, str]]:

@@ -27,6 +27,7 @@ class Aim(Informed, Correction[Statistics]):
 
     measures: ClassVar[tuple[Measure, ...]] = ("magnitude",)
     of_base = True
+    passes = 0
 
     def __init__(self, statistics: Statistics | str | Path | None = None, omega: float = 0.4) -> None:
         if not 0 <= omega <= 1:

@@ -20,6 +20,7 @@ class Consensus(Correction[None]):
     """
 
     elementwise = True
+    passes = 0
 
     def __init__(self, threshold: float = 0.4, agree: int = 2) -> None:
         if threshold < 0 or agree < 1:

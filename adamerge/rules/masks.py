@@ -58,6 +58,7 @@ class TallMask(PerTensor[Tensor]):
     per_task = True
     votes = True
     elementwise = True
+    passes = 0
 
     def __init__(self, threshold: float | dict[str, float] = 0.4) -> None:
         values = threshold.values() if isinstance(threshold, dict) else [threshold]

@@ -98,6 +98,7 @@ class Cabs(PerTensor[tuple[int, ...]]):
     """
 
     thins = True
+    passes = 0
 
     def __init__(self, n: int = 64, m: int = 256, order: Sequence[str] | None = None) -> None:
         if not 1 <= n <= m:

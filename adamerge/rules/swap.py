@@ -57,6 +57,7 @@ class LayerSwap(Rule[dict[str, float]]):
     """
 
     elementwise = True
+    passes = 0
 
     def __init__(self, outer: str, inner: str, bottom: int = 5, top: int = 2, transition: int = 1) -> None:
         for argument, value in {"bottom": bottom, "top": top, "transition": transition}.items():

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adamerge import InputError, merge, task_vectors, writing
+from adamerge import InputError, merge, running, task_vectors, writing
 from adamerge.__main__ import main
 from adamerge.files import locked
 from adamerge.preflight import report
@@ -317,6 +317,33 @@ def test_a_dry_run_says_what_would_be_done_and_reads_no_weights(command, models,
         "free",
     ):
         assert words in said, words
+
+
+SWAP = {"LayerSwap": {"outer": "math", "inner": "code", "bottom": 2, "top": 1}}
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ([SWAP], r"2 \+ 1 outer blocks, and the longest stack of the model has only 2"),
+        (["Mean", {"Consensus": {"agree": 3}}], "Consensus keeps what 3 experts or more need"),
+        ([{"Cabs": {"n": 3, "m": 4}}, "Mean"], r"Cabs\(n=3, m=4\) has room for 1 experts, there are 2"),
+    ],
+)
+def test_what_needs_no_weights_to_be_refused_is_refused_before_any_is_read(models, monkeypatch, rules, words):
+    monkeypatch.setattr("adamerge.tensor_files.SafetensorsState._read", None)
+    with pytest.raises(InputError, match=words):
+        report(recipe(models, rules=rules))
+
+
+def test_a_merge_has_its_name_once_all_of_it_is_on_the_disk(models, tmp_path, monkeypatch):
+    flushed, out, partial = [], tmp_path / "out", tmp_path / ".out.partial"
+    monkeypatch.setattr(running, "flush", lambda path: flushed.append((path, out.exists())))
+    run(recipe(models), out, quiet())
+    names = {file.name for file in out.iterdir()}
+    assert {path.name for path, _ in flushed if path.parent == partial} - {LOCK} == names
+    assert [path for path, renamed in flushed if not renamed][-1] == partial
+    assert [path for path, renamed in flushed if renamed] == [tmp_path]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(models, tmp_path, monkeypatch):
