@@ -80,6 +80,9 @@ def flush(path: Path) -> None:
     opened = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # not every file system can do this to a folder
+            raise
     finally:
         os.close(opened)
 

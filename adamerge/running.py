@@ -17,7 +17,7 @@ from torch import Tensor
 from adamerge import __version__
 from adamerge.checkpoints import meta
 from adamerge.errors import InputError
-from adamerge.files import flush, json_file, locked, write_text
+from adamerge.files import flush, json_file, locked, room_for, write_text
 from adamerge.fused import Joined
 from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
@@ -54,7 +54,8 @@ def run(job: Job, output: Path, console: Console | None = None) -> Path:
         with locked(partial / LOCK):
             _write(job, partial, console)
             for path in (*partial.iterdir(), partial):
-                flush(path)
+                with room_for(path):
+                    flush(path)
             if place.is_dir():
                 place.rmdir()
             partial.rename(place)
