@@ -25,7 +25,7 @@ State = Mapping[str, Tensor]
 BASE = "base"
 
 #: Elements per expert that elementwise rules take at a time: a few experts' fit into a cache, and each is worth a read.
-PIECE = 2**18
+PIECE = 2**19
 
 
 class TaskVectors:

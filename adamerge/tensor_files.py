@@ -4,7 +4,9 @@ Files are read by position, never mapped: mapped pages count as resident, and a 
 """
 
 import json
+import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,23 @@ _LARGEST = 2**40  # rows, or columns
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
+class _Reader:
+    """A file that is open as long as somebody has this object; several threads, and forked processes, may read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._file)
+
+    def into(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer, as far as one call does, with what follows this byte; 0 at the end of the file."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file, [buffer], offset)
+        with self.path.open("rb", buffering=0) as file:  # on Windows
+            file.seek(offset)
+            return file.readinto(buffer) or 0
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor's bytes lie."""
@@ -42,6 +61,7 @@ class SafetensorsState(Mapping[str, Tensor]):
     def __init__(self, files: Mapping[str, Path]) -> None:
         headers = {path: _places(path) for path in dict.fromkeys(files.values())}
         self._places = {name: headers[path][name] for name, path in files.items()}
+        self._reader: _Reader | None = None  # of one file at a time: there may be more shards than files can be open
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
@@ -79,13 +99,14 @@ class SafetensorsState(Mapping[str, Tensor]):
             return tensor
         offset = place.start + row * tensor.nbytes // max(shape[0], 1) if shape else place.start
         buffer = tensor.view(-1).view(torch.uint8).numpy().data
-        with place.path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < len(buffer):  # one call reads 2 GiB at most
-                if not (count := file.readinto(buffer[done:])):
-                    raise InputError(f"{place.path} ends within {name}: it was changed while it was read")
-                done += count
+        reader = self._reader
+        if reader is None or reader.path != place.path:
+            reader = self._reader = _Reader(place.path)
+        done = 0
+        while done < len(buffer):  # one call reads 2 GiB at most
+            if not (count := reader.into(buffer[done:], offset + done)):
+                raise InputError(f"{place.path} ends within {name}: it was changed while it was read")
+            done += count
         return tensor
 
 

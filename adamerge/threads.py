@@ -14,13 +14,13 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A], workers: int = WORKERS) -> Iterator[B]:
-    """`work` on each item, in the items' order, with at most `workers` outcomes made before they are asked for."""
+    """`work` on each item, in their order, with at most twice `workers` outcomes made before they are asked for."""
     pool = ThreadPoolExecutor(workers)
     made: deque[Future[B]] = deque()
     try:
         for item in items:
             made.append(pool.submit(work, item))
-            if len(made) > workers:
+            if len(made) > 2 * workers:  # so that none waits for whoever takes the outcomes
                 yield made.popleft().result()
         while made:
             yield made.popleft().result()

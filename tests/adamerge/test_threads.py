@@ -28,7 +28,7 @@ def test_only_a_few_outcomes_wait():
     outcomes = in_order(lambda item: item, items(), workers=3)
     for asked in range(1, 50):
         next(outcomes)
-        assert taken <= asked + 3
+        assert taken <= asked + 6
     outcomes.close()
     assert taken < 60
 
