@@ -1,7 +1,7 @@
 """How a step grows with experts, parameters, images and processes: `python -m benchmarks.scaling_figures`.
 
 Every point is a process of its own: seconds of an AdaMerging step and of a training step on the same images (medians of
-three, in turns; of one where it takes two seconds), and the adaptation's peak memory. Points go to
+up to nine, in turns; of fewer where they take longer than four seconds), and the adaptation's peak memory. Points go to
 `figures/scaling.json`, curves to `figures/*.png`; `--only` measures some of the axes again and keeps what is there of
 the others.
 """
@@ -83,7 +83,7 @@ def measure(point: Point, rank: int, meeting: str, queue: "Queue[dict[str, float
     adapt()
     once = seconds(adapt, "cpu")
     peak = peak_resident() - libraries
-    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", 3 if once < 2 else 1)
+    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", max(1, min(9, int(4 / once))))
     count = sum(value.numel() for value in base.values())
     queue.put({**times, "gigabytes": peak / 1e9, "parameters": count})
     if point.processes > 1:
