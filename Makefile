@@ -31,8 +31,9 @@ lint: $(STAMP)  ## style, format and types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## time and memory, in short: steps, routing, spectral rules, merges from files (3 GB of disk)
-	$(BIN)/python -m benchmarks.adaptation_step --repeats 1
-	$(BIN)/python -m benchmarks.scaling --only experts evaluation start
+	$(BIN)/python -m benchmarks.adaptation_step --images 8 --repeats 1 --no-memory
+	$(BIN)/python -m benchmarks.scaling --only experts memory evaluation start
+	$(BIN)/python -m benchmarks.teachers --repeats 1
 	$(BIN)/python -m benchmarks.compositions --repeats 1 --first 8
 	$(BIN)/python -m benchmarks.spectral
 	$(BIN)/python -m benchmarks.regmean_memory

@@ -26,6 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from adamerge import TaskVectors
 from adamerge.deltas import AnyDeltas, LowRank
+from adamerge.memory import kept
 from adamerge.objectives import entropy
 from modules import BlockRouter, Coefficients, MergedModel
 
@@ -174,11 +175,12 @@ def ratios(bench: Bench, device: str, repeats: int, micro_batch: int) -> dict[st
     """Median seconds of each kind of step, alternating."""
     steps = {kind: bench.step(kind, micro_batch) for kind in KINDS}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            elapsed = seconds(step, device)
-            if repeat:  # the first round warms up
-                times[name].append(elapsed)
+    with kept():  # as a run does
+        for repeat in range(repeats + 1):
+            for name, step in steps.items():
+                elapsed = seconds(step, device)
+                if repeat:  # the first round warms up
+                    times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -200,6 +202,17 @@ def peak_memory(
     queue.put([peak(), libraries])
 
 
+def peak_of(*arguments: object) -> list[float]:
+    """As `peak_memory`, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue: Queue[list[float]] = context.Queue()
+    worker = context.Process(target=peak_memory, args=(*arguments, queue))
+    worker.start()
+    found = queue.get()
+    worker.join()
+    return found
+
+
 def peak_resident() -> int:
     """Highest resident set of this process in bytes; unlike getrusage, it does not start at the parent's."""
     status = Path("/proc/self/status").read_text()
@@ -215,6 +228,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="images per micro-batch; default: a task's images")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure its peaks too")
     args = parser.parse_args()
     micro_batch = args.micro_batch or args.images
 
@@ -222,19 +236,16 @@ def main() -> None:
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32"
     table = Table(title=title, caption=" ".join(f"{name}={value}" for name, value in malloc.items()))
-    for name in ("", "seconds", "ratio", "to", "peak memory", "of it, libraries"):
+    columns = ("", "seconds", "ratio", "to", *(("peak memory", "of it, libraries") if args.memory else ()))
+    for name in columns:
         table.add_column(name, justify="left" if name in ("", "to") else "right")
-    context, peaks = multiprocessing.get_context("spawn"), {}
+    peaks = {}
     for name, value in times.items():
-        queue: Queue[list[float]] = context.Queue()
-        worker = context.Process(
-            target=peak_memory, args=(args.size, args.experts, args.images, args.device, name, micro_batch, queue)
-        )
-        worker.start()
-        peaks[name], libraries = queue.get()
-        worker.join()
+        memory = []
+        if args.memory:
+            peaks[name], libraries = peak_of(args.size, args.experts, args.images, args.device, name, micro_batch)
+            memory = [f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB"]
         shown = name.replace("micro-batches", f"micro-batches of {micro_batch}")
-        memory = (f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB")
         table.add_row(shown, f"{value:.2f}", f"{value / times[KINDS[name]]:.3f}", KINDS[name], *memory)
     console = Console(width=160)
     console.print(table)

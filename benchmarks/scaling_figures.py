@@ -1,9 +1,8 @@
 """How a step grows with experts, parameters, images and processes: `python -m benchmarks.scaling_figures`.
 
 Every point is a process of its own: seconds of an AdaMerging step and of a training step on the same images (medians of
-three, in turns; of one where it takes two seconds), and the adaptation's peak memory. Points go to
-`figures/scaling.json`, curves to `figures/*.png`; `--only` measures some of the axes again and keeps what is there of
-the others.
+three to nine, in turns), and the adaptation's peak memory. Points go to `figures/scaling.json`, curves to
+`figures/*.png`; `--only` measures some of the axes again and keeps what is there of the others.
 """
 
 import argparse
@@ -83,7 +82,7 @@ def measure(point: Point, rank: int, meeting: str, queue: "Queue[dict[str, float
     adapt()
     once = seconds(adapt, "cpu")
     peak = peak_resident() - libraries
-    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", 3 if once < 2 else 1)
+    times = in_turns({ADAPTATION: adapt, TRAINING: bench.training_step()}, "cpu", max(3, min(9, int(4 / once))))
     count = sum(value.numel() for value in base.values())
     queue.put({**times, "gigabytes": peak / 1e9, "parameters": count})
     if point.processes > 1:
@@ -109,13 +108,15 @@ def draw(axis: str, points: list[dict[str, Any]]) -> None:
     """Seconds on the left, memory on the right."""
     places = [point[axis] for point in points]
     names = [f"{place / 1e6:.0f} M" if axis == "parameters" else f"{place}" for place in places]
+    growing = axis in ("parameters", "images")  # in proportion, so that a line shows it
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
         for name in (ADAPTATION, TRAINING):
             left.plot(places, [point[name] for point in points], marker="o", label=name)
         right.plot(places, [point["gigabytes"] for point in points], marker="o", label=ADAPTATION)
         for axes, label in ((left, "seconds"), (right, "GB per process")):
-            axes.set(xlabel=axis, ylabel=label, xscale="log", ylim=(0, None))
+            axes.set(xlabel=axis, ylabel=label, xscale="log")
+            axes.set(yscale="log") if growing else axes.set(ylim=(0, None))
             axes.set_xticks(places, names)
             axes.minorticks_off()
             axes.legend(frameon=False)

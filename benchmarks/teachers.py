@@ -94,9 +94,10 @@ def steps(args: argparse.Namespace) -> dict[str, float]:
         "Surgery, version 2": lambda: (RepresentationL1(blocks=True), ["correction"], Surgery(blocks=True)),
     }
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(args.repeats):
+    for repeat in range(args.repeats + 1):
         for name, parts in kinds.items():
-            times[name] += run(args.length, *parts())[0].steps[1:]  # the first looks ahead
+            measured = run(args.length, *parts())[0].steps[1:]  # the first looks ahead
+            times[name] += measured if repeat else []  # the first round warms up
     found = {name: statistics.median(values) for name, values in times.items()}
     ratios = {f"{name} / {ADAMERGING}": found[name] / found[ADAMERGING] for name in kinds if name != ADAMERGING}
     return {**found, **ratios}
