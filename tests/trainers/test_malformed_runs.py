@@ -9,7 +9,7 @@ import malformed
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from malformed import COUNTS, LAUGHS, MERGED, PICKLED, as_json, as_yaml, files, refuses
 from tiny_suite import TinySuite
@@ -87,6 +87,7 @@ def test_overlays(count):
         "trainer": {"max_steps": 3, "callbacks": [{"class_path": "trainers.Guard", "init_args": {"every": 3}}]},
     }
     parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
     parser.add_lightning_class_args(Trainer, "trainer")
 
@@ -152,6 +153,12 @@ def test_an_overlay_that_is_no_end(text, capsys):
     assert stopped.value.code == 2
     assert len(error := capsys.readouterr().err) < 2000
     assert error.startswith("error: ")
+
+
+def test_a_number_that_no_float_holds_is_no_result():
+    row = {"method": "base", "accuracy": {"a": 0.5}, "average": 10**400}
+    Path("results.json").write_text(json.dumps({"suite": "tiny", "rows": [row]}))
+    assert whole_results(Path("results.json")) is None
 
 
 def test_what_is_whole_is_read(adapt):
