@@ -18,10 +18,10 @@ def projecting(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     plain, fast = F.linear, torch.backends.mha.get_fastpath_enabled()
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y: Tensor = plain(x, weight, bias)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = plain(input, weight, bias)
         if id(weight) in names:
-            seen[names[id(weight)]] = x, y
+            seen[names[id(weight)]] = input, y
         return y
 
     F.linear = linear

@@ -85,7 +85,8 @@ def test_experts_of_one_task_are_to_be_averaged():
 def test_a_large_expert_gets_a_weight():
     tv = experts_along(0.1, norm=4.0)
     assert ("Linear",) in suggested(tv)
-    assert "b has 4.0 × the norm of a" in said(tv, "try")
+    assert "b drowns a without a fight: it went 4.0 × as far" in said(tv, "fights")
+    assert "drowns" not in said(experts_along(0.1, norm=1.9), "fights")
 
 
 def test_experts_that_went_far_are_merged_with_care():

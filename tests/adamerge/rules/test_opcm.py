@@ -52,6 +52,28 @@ def test_the_merge_is_as_long_as_an_expert(tv):
     assert_close(flat(merged), flat(plain) * flat(merged).norm() / flat(plain).norm(), rtol=0, atol=1e-12)
 
 
+def test_rescaling_after_every_expert_is_rescaling_at_the_end(tv):
+    """The recursion of the paper: τ ← (λ τ + cleaned) / λ', λ' being its length over the mean one of those so far."""
+
+    def length(state):
+        return sum(float(value.square().sum()) for value in state.values()) ** 0.5
+
+    so_far, factor = {name: deltas[0] for name, deltas in tv.deltas.items()}, 1.0
+    lengths = [length(so_far)]
+    for k in (1, 2):
+        joined = {}
+        for name, deltas in tv.deltas.items():
+            pair = torch.stack([so_far[name], deltas[k]])
+            clean = by_entries(pair, 0.5) - so_far[name] if deltas.dim() == 3 else deltas[k]
+            joined[name] = factor * so_far[name] + clean
+        lengths.append(length({name: deltas[k] for name, deltas in tv.deltas.items()}))
+        factor = length(joined) / (sum(lengths) / len(lengths))
+        so_far = {name: value / factor for name, value in joined.items()}
+    merged = merge(tv, [Opcm()])
+    for name, value in so_far.items():
+        assert_close(merged[name] - tv.base[name], value, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 def test_experts_join_one_after_the_other(tv, scale):
     rule, states = Opcm(rescale=False, matrices=Matrices(convolutions=True)), [tv.expert(task) for task in tv.tasks]
