@@ -1,6 +1,7 @@
 """The safetensors format: rows as the library reads them, headers as it accepts them, and no mapped pages."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,24 @@ def test_tensors_and_rows_are_those_of_the_file(state, name):
 def test_what_is_read_is_the_callers_own(state):
     state["matrix"].zero_()
     assert torch.equal(state["matrix"], STATE["matrix"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="shows on Linux alone")
+def test_one_file_at_a_time_is_open_and_none_afterwards(tmp_path):
+    def opened() -> list[str]:
+        links = (Path(link) for link in Path("/proc/self/fd").iterdir())
+        return [os.readlink(link) for link in links if link.is_symlink() and str(tmp_path) in os.readlink(link)]
+
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")}
+    for n, (name, path) in enumerate(files.items()):
+        save_file({name: torch.full((3,), float(n))}, path)
+    state = SafetensorsState(files)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(state.__getitem__, "abcabcbacc" * 20))
+    assert [int(tensor[0]) for tensor in read] == ["abc".index(name) for name in "abcabcbacc" * 20]
+    assert len(opened()) == 1
+    del state
+    assert opened() == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows on Linux alone")
