@@ -24,8 +24,8 @@ State = Mapping[str, Tensor]
 #: The base's name among the fingerprints.
 BASE = "base"
 
-#: Elements per expert that elementwise rules take at a time: with fewer, threads wait for the interpreter and each other.
-PIECE = 2**19
+#: Elements per expert that elementwise rules take at a time: a few experts' fit into a cache, and each is worth a read.
+PIECE = 2**18
 
 
 class TaskVectors:
