@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from adamerge import TaskVectors
 from adamerge.drawing import save, style
@@ -116,7 +117,11 @@ def draw(axis: str, points: list[dict[str, Any]]) -> None:
         right.plot(places, [point["gigabytes"] for point in points], marker="o", label=ADAPTATION)
         for axes, label in ((left, "seconds"), (right, "GB per process")):
             axes.set(xlabel=axis, ylabel=label, xscale="log")
-            axes.set(yscale="log") if growing else axes.set(ylim=(0, None))
+            if not growing:
+                axes.set(ylim=(0, None))
+            else:
+                axes.set(yscale="log")
+                axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
             axes.set_xticks(places, names)
             axes.minorticks_off()
             axes.legend(frameon=False)
