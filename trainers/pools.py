@@ -79,11 +79,11 @@ def adopt(run: "Adaptation", checkpoint: dict[str, Any]) -> None:
     if not isinstance(theirs, list) or not theirs or not all(isinstance(name, str) for name in theirs):
         return
     if run.schedule is not None:
-        wanted = run.schedule(step)
-    elif (run._trainer is not None and run.trainer.state.fn == "fit") or not set(theirs) < set(run.whole.experts):
-        return
+        wanted = run.schedule(step if isinstance(step, int) else 0)
     else:
         wanted = tuple(name for name in run.whole.experts if name in theirs)
+        if (run._trainer is not None and run.trainer.state.fn == "fit") or list(wanted) != theirs:
+            return
     if list(wanted) == theirs == list(run.merged.tasks):
         return
     take(run, wanted, step)

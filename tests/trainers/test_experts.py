@@ -181,6 +181,9 @@ def test_what_some_experts_learned_is_restored_with_them(adapt, tmp_path):
     assert other.merged.tasks == ("one", "two")
     images = other.suite.dataset("one", "test").batch(torch.arange(4))[0]
     assert torch.equal(other.eval()(images, "one"), run.eval()(images, "one"))
+    _, trainer = adapt(1, callbacks=[Experts()])
+    trainer.save_checkpoint(saved)
+    assert other.restore(saved).merged.tasks == ALL
 
 
 # -- beside other callbacks --------------------------------------------------------------------------------------------

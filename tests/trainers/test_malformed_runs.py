@@ -154,6 +154,12 @@ def test_an_overlay_that_is_no_end(text, capsys):
     assert error.startswith("error: ")
 
 
+def test_a_number_that_no_float_holds_is_no_result():
+    row = {"method": "base", "accuracy": {"a": 0.5}, "average": 10**400}
+    Path("results.json").write_text(json.dumps({"suite": "tiny", "rows": [row]}))
+    assert whole_results(Path("results.json")) is None
+
+
 def test_what_is_whole_is_read(adapt):
     torch.save(saved(adapt), "run.ckpt")
     assert Adaptation(TinySuite()).restore("run.ckpt").finite.skipped == 0
