@@ -118,7 +118,8 @@ def parse(values: Mapping[str, Any]) -> Recipe:
     for key in ("base", "experts"):
         if key not in values:
             raise InputError(f"the recipe names no {key}: add the key {key!r}")
-    if odd := [name for name in values["experts"] or () if not isinstance(name, str) or name == BASE]:
+    experts = values["experts"] if isinstance(values["experts"], Mapping) else {}
+    if odd := [name for name in experts if not isinstance(name, str) or name == BASE]:
         raise InputError(
             f"the recipe: an expert cannot be called {odd[0]!r}: give it another name, or put it in quotes"
         )

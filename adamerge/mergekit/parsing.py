@@ -59,7 +59,7 @@ class _Parser:
                 raise self.error(f"`{key}` is not supported: {why}")
         file = self.mapping(loaded, "", _KEYS)
         self.method = file.get("merge_method", "")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise self.error(f"merge_method {self.method!r} is not supported{_nearest(self.method, METHODS)}")
         if ("models" in file) == ("slices" in file):
             raise self.error("expected either `models` or `slices`")
@@ -161,8 +161,8 @@ class _Parser:
 
     def dtype(self, file: Mapping[str, Any]) -> torch.dtype | None:
         for key in ("dtype", "out_dtype"):
-            if file.get(key) is not None and file[key] not in _DTYPES:
-                raise self.error(f"{key} {file[key]!r} is not supported{_nearest(file[key], _DTYPES)}")
+            if (name := file.get(key)) is not None and (not isinstance(name, str) or name not in _DTYPES):
+                raise self.error(f"{key} {name!r} is not supported{_nearest(name, _DTYPES)}")
         if file.get("dtype") in ("float16", "bfloat16"):
             self.notes.append(f"computed in float32 and rounded once, where mergekit computes in {file['dtype']}")
         name = file.get("out_dtype") or file.get("dtype")

@@ -139,6 +139,7 @@ def refuses(
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began) / 1e3
     assert grown < MOST, f"{grown:.0f} MB"
     assert found["refused"] > 0.5 * count, found
+    assert found["read"] > 0, "what is whole is not read either"
     return found
 
 

@@ -247,3 +247,19 @@ def test_a_recipe_calls_nothing(spec, place):
     with pytest.raises(InputError, match=re.escape("os.") + "|Popen|eval|getcwd"):
         read(Path("r.yaml"))
     assert not Path("caught").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": 3}, "experts"),
+        ({"experts": {3: "a"}}, "an expert cannot be called 3"),
+        ({"merge_method": ["ties"]}, r"merge_method \['ties'\] is not supported"),
+        ({"merge_method": "ties", "dtype": {"x": 1}, "models": [{"model": "a"}]}, r"dtype {'x': 1} is not supported"),
+    ],
+)
+def test_values_of_another_type_are_named(change, message):
+    whole = {"base_model": "b"} if "merge_method" in change else {"base": "b", "experts": {}}
+    Path("recipe.yaml").write_text(yaml.safe_dump({**whole, **change}))
+    with pytest.raises(InputError, match=message):
+        read(Path("recipe.yaml"))

@@ -9,7 +9,7 @@ import malformed
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from malformed import COUNTS, LAUGHS, MERGED, PICKLED, as_json, as_yaml, files, refuses
 from tiny_suite import TinySuite
@@ -87,6 +87,7 @@ def test_overlays(count):
         "trainer": {"max_steps": 3, "callbacks": [{"class_path": "trainers.Guard", "init_args": {"every": 3}}]},
     }
     parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
     parser.add_lightning_class_args(Trainer, "trainer")
 
