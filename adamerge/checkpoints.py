@@ -158,7 +158,8 @@ def _open_sharded(index: Path) -> Mapping[str, Tensor]:
     try:
         files = read_json(index)["weight_map"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{index} is not an index of shards: {error!r}") from error
+        # In its own words: what represents an error of decoding holds the whole file.
+        raise InputError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     for file in sorted(set(files.values())):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints import hub_folder, meta, open_state
 from adamerge.errors import InputError
+from adamerge.plain_files import read_json
 from adamerge.suites.zero_shot import Encode, TextModel, locate, text_model
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -184,11 +185,12 @@ def _config(folder: Path, half: Literal["vision", "text"], projection: str) -> A
 
     path = folder / "config.json"
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        kind = read_json(path)["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no Hugging Face CLIP folder: {error!r} on reading its config.json") from error
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder} is no Hugging Face CLIP folder: {why} on reading its config.json") from error
     kinds = {"clip": CLIPConfig, f"clip_{half}_model": CLIPVisionConfig if half == "vision" else CLIPTextConfig}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"{path} is of model type {kind!r}; expected {' or '.join(kinds)}")
     config: Any = kinds[kind].from_pretrained(folder)
     config = getattr(config, f"{half}_config", config)

@@ -358,3 +358,10 @@ def test_an_index_that_is_none(tmp_path, content, message):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match=message):
         open_state(tmp_path)
+
+
+def test_an_index_of_other_bytes_is_not_quoted(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(b"\xff" * 30_000)
+    with pytest.raises(InputError, match="is not an index of shards: UnicodeDecodeError: ") as refused:
+        open_state(tmp_path)
+    assert len(str(refused.value)) < 1000

@@ -308,6 +308,9 @@ def test_a_base_must_be_a_clip_folder(pool, tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
     with pytest.raises(InputError, match="model type 'siglip'"):
         suite(pool, base=str(tmp_path / "base")).check()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": ["clip"]}')
+    with pytest.raises(InputError, match=r"model type \['clip'\]"):
+        suite(pool, base=str(tmp_path / "base")).check()
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(InputError, match=r"no Hugging Face CLIP folder.*config.json"):
         suite(pool, base=str(tmp_path / "base")).check()
