@@ -1,5 +1,6 @@
 """Which of two snapshots of a run is the better one, by images that have come and no label."""
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -7,7 +8,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from adamerge import criteria
 from adamerge.data import fetch
 from adamerge.watching import evaluating
 from modules import Head
@@ -30,28 +30,35 @@ def blind(trainer: L.Trainer) -> bool:
 def duel(
     trainer: L.Trainer, run: Adaptation, first: State, second: State, images: int, ask: bool
 ) -> tuple[float, float]:
-    """The criterion, mean over tasks, of two snapshots: agreement with the experts, or information on the class.
+    """By how much the second of two snapshots is better, and the standard error of that if neither were.
 
-    Both see the same images, up to `images` of each task that came; those of unknown tasks count for the task that the
-    first snapshot takes them to be of, and for agreement the second has to find that task, too. The run is left with
-    the second.
+    That is the mean over tasks of agreement with the experts or of information on the class, 1/B Σ_b KL(p_b ‖ p̄) /
+    log C, image by image. Both see the same images, up to `images` of each task that came; those of unknown tasks count
+    for the task that the first snapshot takes them to be of, and for agreement the second has to find that task, too.
+    The run is left with the second.
     """
     run.load_state_dict(first)
     with evaluating(run), trainer.precision_plugin.forward_context():
         parts = _come(trainer, run, images)
         experts = _ask(run, parts) if ask else {}
-        scores = []
+        values = []
         for state in (first, second):
             run.load_state_dict(state)
-            own = [
-                criteria.agreement(run.scored(part, task), experts[task])
-                if ask
-                else criteria.information(run(part, task))
-                for task, part in parts.items()
-            ]
-            scores.append(torch.stack(own).mean().nan_to_num())
-    both = cast(Tensor, trainer.strategy.reduce(torch.stack(scores).to(run.device), reduce_op="mean"))
+            values.append([_values(run, part, task, experts.get(task)) for task, part in parts.items()])
+    gains = [new - old for old, new in zip(*values, strict=True)]
+    gain = torch.stack([each.mean() for each in gains]).mean()
+    doubt = torch.stack([each.square().mean() / len(each) for each in gains]).sum().sqrt() / len(gains)
+    both = cast(Tensor, trainer.strategy.reduce(torch.stack([gain, doubt]).to(run.device), reduce_op="mean"))
     return float(both[0]), float(both[1])
+
+
+def _values(run: Adaptation, images: Tensor, task: str, expert: Tensor | None) -> Tensor:
+    """[B] what each image adds to the criterion."""
+    if expert is not None:
+        return (run.scored(images, task).argmax(-1) == expert.argmax(-1)).double()
+    p = run(images, task).double().softmax(-1)
+    own = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))
+    return own.sum(-1).nan_to_num() / math.log(max(p.shape[-1], 2))
 
 
 def _come(trainer: L.Trainer, run: Adaptation, images: int) -> dict[str, Tensor]:

@@ -24,6 +24,12 @@ from trainers.streams import Stream
 
 log = logging.getLogger(__name__)
 
+#: Standard errors that a difference has to exceed. Were the better of two kept each time, chance would choose: a slow
+#: decline would win every other time.
+SURE = 2.0
+#: How many times as many images the last comparison is made on.
+LAST = 4
+
 
 @dataclass
 class Seen:
@@ -34,6 +40,7 @@ class Seen:
         start: the criterion by task at the first snapshot.
         best: what had been learned by the best step.
         champion: that step, in a stream that passes once.
+        ended: the step of the snapshot that such a run ended with.
         left: what the run had learned when it ended with something else.
         counts: [C] predictions by class since the last look, by task.
         since: what is wrong, and the step since which it is.
@@ -52,6 +59,7 @@ class Seen:
     stopped: bool = False
     experts: list[str] = field(default_factory=list)
     champion: int | None = None
+    ended: int | None = None
 
     @property
     def best_step(self) -> int:
@@ -70,8 +78,10 @@ class Guard(L.Callback):
     from where it was, not from the snapshot that it ended with.
 
     In a stream that passes once, or that does not tell tasks, it knows no image beforehand: with `keep`, every look
-    compares what has been learned with the best so far, on images that have come, and the run goes on with the better
-    of the two. Images of unknown tasks count for the task that the best so far takes them to be of.
+    compares what has been learned with the best so far, on images that have come. Where that is worse by more than two
+    standard errors, the run goes back; where it is better by as much, it is the best so far; else the run goes on, and
+    what it learns meanwhile adds up until it shows. It ends with the better of the two, on four times as many images.
+    Images of unknown tasks count for the task that the best so far takes them to be of.
 
     Args:
         every: steps between two looks.
@@ -109,9 +119,10 @@ class Guard(L.Callback):
 
     def describe(self) -> dict[str, Any]:
         """How it was set up, and the step of which it left the result, if it went back."""
+        ended = self.seen.best_step if self.seen.left else None
         return {
             **(settings(self) or {}),
-            "ended_with_step": self.seen.best_step if self.seen.left else self.seen.champion,
+            "ended_with_step": self.seen.ended if self.seen.champion is not None else ended,
         }
 
     # -- while the run goes on -----------------------------------------------------------------------------------------
@@ -151,8 +162,7 @@ class Guard(L.Callback):
             return
         now = trainer.global_step
         if blind(trainer):
-            if now != self.seen.looked:
-                self._duel(trainer, pl_module)
+            self._duel(trainer, pl_module, last=True)
             return
         if now not in self.seen.scores:
             self._snapshot(trainer, pl_module)
@@ -223,18 +233,22 @@ class Guard(L.Callback):
             self.seen.best = _learned(module)
         return scores
 
-    def _duel(self, trainer: L.Trainer, module: Adaptation) -> None:
-        """Go on with the better of what has been learned and the best so far."""
+    def _duel(self, trainer: L.Trainer, module: Adaptation, last: bool = False) -> None:
+        """Go back where the best so far is surely better; keep what is surely better than that. At last, either."""
         now, step, best = _learned(module), trainer.global_step, self.seen.best
         if not best:
             self.seen.best, self.seen.champion = now, step
             return
-        old, new = duel(trainer, module, best, now, self.images, self.keep == "agreement")
-        if new >= old:
+        gain, doubt = duel(trainer, module, best, now, self.images * (LAST if last else 1), self.keep == "agreement")
+        if last:
+            self.seen.ended = step if gain > 0 else self.seen.champion
+        elif gain > SURE * doubt:
             self.seen.best, self.seen.champion = now, step
+        if gain > 0 if last else gain >= -SURE * doubt:
             return
+        self.seen.left = now if last else {}
         module.load_state_dict(best)
-        words = f"{self.keep} {old:.3f}, {new:.3f} at step {step}"
+        words = f"{self.keep} {-gain:.3f} ± {doubt:.3f} above that of step {step}"
         log.info("The run goes back to what it had learned by step %d: %s", self.seen.champion, words)
 
     def _ask_experts(self, trainer: L.Trainer, module: Adaptation) -> None:

@@ -31,10 +31,10 @@ def test_both_are_measured_on_the_images_that_came(adapt, ask):
     now = {name: value.clone() for name, value in module.state_dict().items()}
     start = {**now, "coefficients.raw": 5 * torch.ones_like(now["coefficients.raw"])}
     found = duel(trainer, module, start, now, 100, ask)
-    expected = []
+    expected, values = [], []
     for state in (start, now):
         module.load_state_dict(state)
-        own = []
+        own, each_image = [], []
         for task, dataset in trainer.datamodule.steps().datasets.items():
             came = trainer.datamodule.steps().all_indices(task, 0, 5)
             images = torch.stack([dataset[int(index)][0] for index in came])
@@ -43,13 +43,18 @@ def test_both_are_measured_on_the_images_that_came(adapt, ask):
                 expert = module.suite.backbone()
                 expert.load_state_dict(module.suite.task_vectors().expert(task))
                 teacher = Head(module.suite.head(task))(expert(images)).argmax(1)
+                each_image.append((logits.argmax(1) == teacher).float())
                 own.append(sum(map(bool, logits.argmax(1) == teacher)) / len(came))
             else:
                 p = logits.softmax(1)
                 each, whole = torch.special.entr(p).sum(1).mean(), torch.special.entr(p.mean(0)).sum()
                 own.append(float((whole - each) / torch.tensor(float(p.shape[1])).log()))
+                kl = torch.nn.functional.kl_div(p.mean(0).log().expand_as(p), p, reduction="none").sum(1)
+                each_image.append(kl / torch.tensor(float(p.shape[1])).log())
         expected.append(sum(own) / len(own))
-    assert found == pytest.approx(expected, abs=1e-6)
+        values.append(each_image)
+    doubts = [float(((b - a) ** 2).mean() / len(a)) for a, b in zip(*values, strict=True)]
+    assert found == pytest.approx((expected[1] - expected[0], sum(doubts) ** 0.5 / len(doubts)), abs=1e-6)
     assert expected[0] != pytest.approx(expected[1], abs=1e-4)
     assert same(module.state_dict(), now), "the run is left with the second"
 
@@ -71,3 +76,21 @@ def test_unknown_tasks_are_found_for_it(adapt):
     alone, _ = adapt(6, stream=once(task_known=False), **settings)
     assert guard.seen.champion == 0
     assert not same(learned(module), learned(alone))
+
+
+def test_what_is_hardly_worse_goes_on_but_is_not_what_the_run_ends_with(adapt, monkeypatch):
+    found = iter([(-0.01, 0.02), (0.01, 0.02), (0.05, 0.02), (-0.05, 0.02), (-0.01, 0.01)])
+    asked = []
+
+    def told(trainer, run, first, second, images, ask):
+        asked.append((trainer.global_step, images))
+        return next(found)
+
+    monkeypatch.setattr("trainers.guards.duel", told)
+    guard = Guard(every=1, keep="information", images=10)
+    module, _ = adapt(4, stream=once(), callbacks=[guard])
+    alone, _ = adapt(3, stream=once())
+    assert asked == [(1, 10), (2, 10), (3, 10), (4, 10), (4, 40)]
+    assert guard.describe()["ended_with_step"] == guard.seen.champion == 3
+    assert same(learned(module), learned(alone))
+    assert same(guard.seen.left, guard.seen.best), "it had gone back at the last look"
