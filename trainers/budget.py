@@ -2,18 +2,19 @@
 
 from typing import Any
 
+from adamerge.suites import measuring
 from trainers.adaptation import Adaptation
 from trainers.guards import Guard
 from trainers.streams import Stream
 
 
 def information(module: Adaptation, stream: Any) -> set[str]:
-    """What a run is told: what its objectives and guards need, and, where they take any, the images of its stream."""
-    watching = guards(module)
+    """What a run is told: what its transforms, objectives and guards need, and the images of its stream."""
+    watching, measured = guards(module), measuring.told(module.transforms)
     told = set[str]().union(*(phase.objective.needs for phase in module.phases), *(guard.needs for guard in watching))
     if not watching and not any(phase.objective.images and phase.stepper.learns for phase in module.phases):
-        return told if learns(module) else set()
-    told |= {"images"}
+        return measured | (told if learns(module) else set())
+    told |= {"images"} | measured
     if isinstance(stream, Stream):
         told |= {"train data"} if stream.train_split == "train" else set()
         told = (told | {"task id"}) if stream.task_known else ((told - {"task id"}) | module.finder.needs)

@@ -88,6 +88,17 @@ def informed(steps: Sequence[AnyStep], suite: Suite, labels: bool = False) -> li
     return [_informed(step, suite, labels) for step in steps]
 
 
+def told(steps: Sequence[Step]) -> set[str]:
+    """What steps are told that are still to be informed: training data, and its labels where a rule needs them."""
+    known = set[str]()
+    for step in steps:
+        if isinstance(step, Merged):
+            known |= told(step.rules)
+        elif isinstance(step, Informed) and step.statistics is None:
+            known |= {"train data", "labels"} if step.labelled else {"train data"}
+    return known
+
+
 def _informed(step: AnyStep, suite: Suite, labels: bool) -> AnyStep:
     if isinstance(step, Merged):
         return cast(AnyStep, Merged(informed(step.rules, suite, labels)))

@@ -7,6 +7,7 @@ import pytest
 from tiny_suite import TinySuite, Unlabelled
 
 from adamerge import InputError
+from adamerge.rules import Merged, RegMean, SensMerging
 from modules import (
     BlockRouter,
     Coefficients,
@@ -20,7 +21,7 @@ from modules import (
     Surgery,
     TaskIdentity,
 )
-from trainers import Adaptation, Stream
+from trainers import Adaptation, Static, Stream
 from trainers.phases import Phase
 from trainers.report import Report, budget, information
 
@@ -74,6 +75,15 @@ def test_a_run_says_what_it_learns_and_from_what(name):
     module.configure_model()
     assert information(module, Stream(**stream)) == sees
     assert budget(module, Stream(**stream)) == sentence
+
+
+def test_what_transforms_measure_is_told(tmp_path):
+    def told(*rules, **given):
+        return information(Adaptation(TinySuite(vit=True), transforms=rules, **given), Stream())
+
+    assert told(Merged([RegMean()]), program=Static()) == {"train data"}
+    assert told(SensMerging()) == ALWAYS | {"train data", "labels"}
+    assert told(Merged([RegMean(tmp_path)]), program=Static()) == set(), "measured elsewhere"
 
 
 def test_the_budget_is_logged_and_written(adapt, tmp_path, caplog):
