@@ -206,7 +206,7 @@ class CLI(LightningCLI):
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends in a sentence on stderr and exit code 2."""
     _set_up_output()
-    set_loader("yaml", partial(_load_yaml, load=_YAML))
+    guard_overlays()
     sys.path.insert(0, os.getcwd())  # so that class_path finds a user's own module
     try:
         CLI(
@@ -228,12 +228,18 @@ def main(args: list[str] | None = None) -> None:
             args=args,
         )
     except (ValueError, FileNotFoundError, ArgumentError, MisconfigurationException, yaml.YAMLError) as error:
-        ours = not isinstance(error, ValueError) or isinstance(error, InputError) or "Does not validate" in str(error)
+        known = isinstance(error, InputError | UnicodeDecodeError)
+        ours = not isinstance(error, ValueError) or known or "Does not validate" in str(error)
         if not ours or os.environ.get("ADAMERGE_DEBUG"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process says it for all
             sys.stderr.write(f"error: {sentence(error)}\n")
         raise SystemExit(2) from None
+
+
+def guard_overlays() -> None:
+    """Let the parser refuse an overlay that would grow without end."""
+    set_loader("yaml", partial(_load_yaml, load=_YAML))
 
 
 def _load_yaml(text: str, load: Callable[[str], Any]) -> Any:
@@ -244,6 +250,8 @@ def _load_yaml(text: str, load: Callable[[str], Any]) -> Any:
 
 def sentence(error: Exception) -> str:
     """What is wrong in one line: of a parser's nested report, where it happened and its innermost reason."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"an overlay is no text in UTF-8: {error}"
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
     if len(lines) == 1 or isinstance(error, InputError):
         return " ".join(lines)

@@ -17,10 +17,12 @@ from tiny_suite import TinySuite
 from adamerge import InputError
 from adamerge.plain_files import check_classes
 from trainers import Adaptation
-from trainers.cli import Trainer, main
+from trainers.cli import Trainer, guard_overlays, main
 from trainers.results import whole_results
 
 HERE = Path(__file__).parent
+#: What the command line turns into a sentence.
+ANSWERED = (InputError, ArgumentError, yaml.YAMLError, UnicodeDecodeError)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +88,7 @@ def test_overlays(count):
         },
         "trainer": {"max_steps": 3, "callbacks": [{"class_path": "trainers.Guard", "init_args": {"every": 3}}]},
     }
+    guard_overlays()
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
@@ -95,7 +98,7 @@ def test_overlays(count):
         check_classes(parser.parse_args([f"--config={path}"]))
 
     more = (LAUGHS.encode(), MERGED.encode(), PICKLED.encode(), b"model: &a [*a]")
-    refuses(read, files(valid, as_yaml, more), Path("overlay.yaml"), count, (InputError, ArgumentError))
+    refuses(read, files(valid, as_yaml, more), Path("overlay.yaml"), count, ANSWERED)
 
 
 @pytest.mark.parametrize("spec", [malformed.CALL, malformed.SHELL, malformed.POPEN, malformed.EVAL])
@@ -153,6 +156,14 @@ def test_an_overlay_that_is_no_end(text, capsys):
     assert stopped.value.code == 2
     assert len(error := capsys.readouterr().err) < 2000
     assert error.startswith("error: ")
+
+
+def test_an_overlay_that_is_no_text(capsys):
+    Path("overlay.yaml").write_bytes(b"model: \xf8")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config=overlay.yaml"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: an overlay is no text in UTF-8: 'utf-8' codec")
 
 
 def test_a_number_that_no_float_holds_is_no_result():
