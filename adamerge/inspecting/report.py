@@ -122,7 +122,10 @@ def show(inspection: Inspection) -> RenderableType:
     """Tables, then sentences."""
     geometry, parts = inspection.geometry, list[RenderableType]()
     if geometry.blocks:
-        parts += [_experts(geometry), Text(), _cosines(geometry), Text(), _blocks(geometry, inspection.spectra), Text()]
+        pairs = {"cosine": geometry.cosine, "kinship": geometry.kinship}
+        tables = [_experts(geometry), *(_pairs(geometry.tasks, *pair) for pair in pairs.items())]
+        for table in (*tables, _blocks(geometry, inspection.spectra)):
+            parts += [table, Text()]
     for topic, heading in _HEADINGS.items():
         sentences = [finding.text for finding in inspection.findings if finding.topic == topic]
         if sentences:
@@ -177,9 +180,9 @@ def _experts(geometry: Geometry) -> Table:
     return table
 
 
-def _cosines(geometry: Geometry) -> Table:
-    table = _table("cosine", *geometry.tasks)
-    for task, row in zip(geometry.tasks, geometry.cosine.tolist(), strict=True):
+def _pairs(tasks: Sequence[str], what: str, values: Tensor) -> Table:
+    table = _table(what, *tasks)
+    for task, row in zip(tasks, values.tolist(), strict=True):
         table.add_row(task, *map(verdict.two, row))
     return table
 
@@ -204,7 +207,7 @@ def _blocks(geometry: Geometry, spectra: Sequence[Spectrum]) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in columns:
-        words = column in ("expert", "cosine", "block", "of")
+        words = column in ("expert", "cosine", "kinship", "block", "of")
         table.add_column(column, justify="left" if words else "right", no_wrap=column == "block")
     return table
 

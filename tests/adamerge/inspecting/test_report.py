@@ -157,7 +157,10 @@ def test_the_command_writes_text_numbers_and_figures(tmp_path, monkeypatch, caps
     assert found["by_block"]["layers.0"]["cosine"][0][1] == pytest.approx(-0.8, abs=1e-5)
     assert found["cost"]["passes"] == 1
     assert found["thresholds"]["FIGHT"] == verdict.FIGHT
-    assert "fight in layers.0" in (report / "report.txt").read_text(encoding="utf-8")
+    text = (report / "report.txt").read_text(encoding="utf-8")
+    assert "fight in layers.0" in text
+    kinship = found["kinship"]["pearson"][0][1]
+    assert re.search(rf"kinship +a +b\s+a +1\.00 +{kinship:.2f}\s", text)
 
 
 def test_a_recipe_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys):
