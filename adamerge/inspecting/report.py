@@ -122,10 +122,8 @@ def show(inspection: Inspection) -> RenderableType:
     """Tables, then sentences."""
     geometry, parts = inspection.geometry, list[RenderableType]()
     if geometry.blocks:
-        pairs = {"cosine": geometry.cosine, "kinship": geometry.kinship}
-        tables = [_experts(geometry), *(_pairs(geometry.tasks, *pair) for pair in pairs.items())]
-        for table in (*tables, _blocks(geometry, inspection.spectra)):
-            parts += [table, Text()]
+        parts += [_experts(geometry), Text(), _pairs(geometry.tasks, "cosine", geometry.cosine), *_kinship(geometry)]
+        parts += [Text(), _blocks(geometry, inspection.spectra), Text()]
     for topic, heading in _HEADINGS.items():
         sentences = [finding.text for finding in inspection.findings if finding.topic == topic]
         if sentences:
@@ -185,6 +183,13 @@ def _pairs(tasks: Sequence[str], what: str, values: Tensor) -> Table:
     for task, row in zip(tasks, values.tolist(), strict=True):
         table.add_row(task, *map(verdict.two, row))
     return table
+
+
+def _kinship(geometry: Geometry) -> list[RenderableType]:
+    """A table where it would show something else than that of the cosines."""
+    if geometry.kinship.sub(geometry.cosine).abs().max() < 0.005:
+        return [Text("Kinship, the correlation over all entries, is the same to two digits.")]
+    return [Text(), _pairs(geometry.tasks, "kinship", geometry.kinship)]
 
 
 def _blocks(geometry: Geometry, spectra: Sequence[Spectrum]) -> Table:

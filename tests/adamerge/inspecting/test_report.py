@@ -2,14 +2,18 @@
 
 import json
 import re
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from adamerge import TaskVectors, rules
 from adamerge.__main__ import main
 from adamerge.inspecting import decompose_all, findings, measure, verdict
+from adamerge.inspecting.report import _kinship
+from adamerge.inspecting.verdict import two
 
 
 def experts_along(cosine: float, norm: float = 1.0, far: float = 0.05, size: int = 32) -> TaskVectors:
@@ -159,8 +163,20 @@ def test_the_command_writes_text_numbers_and_figures(tmp_path, monkeypatch, caps
     assert found["thresholds"]["FIGHT"] == verdict.FIGHT
     text = (report / "report.txt").read_text(encoding="utf-8")
     assert "fight in layers.0" in text
-    kinship = found["kinship"]["pearson"][0][1]
-    assert re.search(rf"kinship +a +b\s+a +1\.00 +{kinship:.2f}\s", text)
+    same = abs(found["kinship"]["pearson"][0][1] - found["cosine"][0][1]) < 0.005
+    assert ("Kinship, the correlation over all entries, is the same to two digits." in text) == same
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_kinship_is_shown_where_it_differs_from_the_cosine(shift):
+    tv = experts_along(-0.8)
+    moved = {task: {name: w + shift for name, w in tv.expert(task).items()} for task in tv.tasks}
+    geometry = measure(TaskVectors.from_state_dicts(dict(tv.base), moved))
+    console = Console(width=100, file=StringIO())
+    console.print(*_kinship(geometry))
+    expected = f"kinship      a      b\na         1.00  {two(geometry.kinship[0, 1])}"
+    found = "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
+    assert found.startswith(expected if shift else "Kinship, the correlation")
 
 
 def test_a_recipe_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys):
