@@ -97,6 +97,8 @@ def _name_and_arguments(spec: Any) -> tuple[str, dict[str, Any]]:
 
 def _class(path: str) -> type[Any]:
     """The rule of that name in `adamerge.rules`, or at that dotted path."""
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise InputError(f"{path!r} is no rule: expected Name or package.module.Name")
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name) if module_name else rules

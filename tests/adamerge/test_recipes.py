@@ -84,6 +84,7 @@ def test_a_recipes_seed_is_for_rules_that_have_none():
         ("Trimm", "there is no rule 'Trimm': did you mean 'Trim'?"),
         ("trim", "there is no rule 'trim': did you mean 'Trim'?"),
         ("PerTensor", "there is no rule 'PerTensor'"),
+        ("../.x", "'../.x' is no rule: expected Name or package.module.Name"),
         ("no.such.Rule", "rule no.such.Rule: No module named 'no'"),
         ({"Trim": {"kep": 0.2}}, "Trim has no argument 'kep': did you mean 'keep'?"),
         ({"Mean": {"keep": 0.2}}, "Mean has no argument 'keep': it takes none"),
