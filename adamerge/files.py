@@ -128,3 +128,11 @@ def cache_folder() -> Path:
     if own := os.environ.get("ADAMERGE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adamerge"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that no file can have, too long for one, is that of none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
