@@ -144,7 +144,7 @@ class _Parser:
     def number(self, loaded: Any, where: str) -> float:
         try:
             number = float(loaded)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.error(f"{where}: expected a number, got {loaded!r}") from None
         if not abs(number) < float("inf"):
             raise self.error(f"{where}: expected a finite number, got {loaded!r}")

@@ -42,6 +42,10 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("merge_method: linear\nmodels: [{model: {path: one}}]", "expected a folder or Hub id"),
         ("merge_method: linear\nmodels: [{model: ./nowhere}]", "no such model: ./nowhere"),
         (f"merge_method: linear\nmodels: [{{model: {'y' * 300}}}]", "no such model: yyy"),
+        (
+            f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: {10**400}}}}}]",
+            "expected a number, got 1000",
+        ),
         ("merge_method: linear\nmodules: {}", "`modules` is not supported"),
         ("base_model: one\ngate_mode: hidden\nexperts: []", "mixtures of experts are not built here"),
         ("merge_method: karcher\nmodels: [{model: one}, {model: one}]", "listed twice: one, one"),
