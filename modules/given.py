@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from adamerge import InputError
 from adamerge.deltas import AnyDeltas
 from modules.routers import Router
 from modules.structure import Site
@@ -27,4 +28,4 @@ class GivenTask(Router):
         """There is nothing to learn."""
 
     def forward(self, x: Tensor, site: str) -> Tensor:
-        raise NotImplementedError("the task of an image is given, not found from it")
+        raise InputError("GivenTask is told the task of an image, and cannot find it: give it with the images")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from adamerge.data import fetch
 from adamerge.watching import evaluating
-from modules import Head
 from trainers.adaptation import Adaptation
 from trainers.finding import regrouped
 from trainers.phases import ExpertOutputs
@@ -85,8 +84,5 @@ def _by_found_task(run: Adaptation, images: Tensor) -> dict[str, Tensor]:
 
 def _ask(run: Adaptation, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The experts' logits."""
-    experts, vectors, answers = ExpertOutputs(run.suite.backbone(), False, run.device), run.suite.task_vectors(), {}
-    for task, images in parts.items():
-        experts.load(vectors.expert(task))
-        answers[task] = Head(run.suite.head(task)).to(run.device)(experts(images)[0])
-    return answers
+    experts = ExpertOutputs(run.suite, False, run.device)
+    return {task: experts.logits(task, images) for task, images in parts.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from adamerge import InputError
 from adamerge.data import fetch
 from adamerge.objectives import entropy
+from adamerge.task_vectors import BASE
 from modules import View
 from trainers.phases import ExpertOutputs
 from trainers.seeding import generator
@@ -87,18 +88,19 @@ class ByPrototype(TaskFinder):
 
     def __call__(self, run: "Adaptation", view: View) -> Tensor:
         if self._base is None:
-            self._base = ExpertOutputs(run.suite.backbone(), False, run.device)
-            self._base.load(run.suite.task_vectors().base)
+            self._base = ExpertOutputs(run.suite, False, run.device)
             self._prototypes = torch.stack([self._prototype(run, task) for task in run.suite.tasks])
         centre = self._prototypes.mean(0)
-        directions = [F.normalize(x - centre, dim=1) for x in (self._base(view.part["images"])[0], self._prototypes)]
+        directions = [
+            F.normalize(x - centre, dim=1) for x in (self._base(BASE, view.part["images"])[0], self._prototypes)
+        ]
         return (directions[0] @ directions[1].T).argmax(1)
 
     def _prototype(self, run: "Adaptation", task: str) -> Tensor:
         assert self._base is not None
         dataset = run.suite.dataset(task, "train")
         order = torch.randperm(len(dataset), generator=generator("prototype", task))  # type: ignore[arg-type]
-        return self._base(fetch(dataset, order[: self.images])[0].to(run.device))[0].mean(0)
+        return self._base(BASE, fetch(dataset, order[: self.images])[0].to(run.device))[0].mean(0)
 
 
 def regrouped(run: "Adaptation", batch: Batch, found: dict[str, Tensor]) -> Batch:

@@ -14,7 +14,6 @@ from torch import Tensor
 from adamerge import InputError, criteria
 from adamerge.data import fetch
 from adamerge.watching import evaluating
-from modules import Head
 from trainers.adaptation import Adaptation
 from trainers.duels import blind, duel
 from trainers.phases import ExpertOutputs
@@ -253,12 +252,10 @@ class Guard(L.Callback):
 
     def _ask_experts(self, trainer: L.Trainer, module: Adaptation) -> None:
         """Keep the experts' logits for the images that snapshots are compared on."""
-        experts, vectors = ExpertOutputs(module.suite.backbone(), False, module.device), module.suite.task_vectors()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        experts = ExpertOutputs(module.suite, False, module.device)
+        with trainer.precision_plugin.forward_context():
             for task, images in self._images(trainer):
-                experts.load(vectors.expert(task))
-                head = Head(module.suite.head(task)).to(module.device)
-                self._experts[task] = torch.cat([head(experts(part)[0]) for part in images])
+                self._experts[task] = torch.cat([experts.logits(task, part) for part in images])
 
     def _images(self, trainer: L.Trainer) -> Iterator[tuple[str, Iterator[Tensor]]]:
         """Batches of the same images of every task, whenever asked."""

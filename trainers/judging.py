@@ -88,12 +88,8 @@ class Judge:
 
     @torch.no_grad()
     def _ask_experts(self) -> dict[str, Tensor]:
-        experts, vectors = ExpertOutputs(self.suite.backbone(), False, self.device), self.suite.task_vectors()
-        answers = {}
-        for task in self.suite.tasks:
-            experts.load(vectors.expert(task))
-            answers[task] = self._over(task, lambda images, task: self._heads[task](experts(images)[0]))
-        return answers
+        experts = ExpertOutputs(self.suite, False, self.device)
+        return {task: self._over(task, lambda images, task: experts.logits(task, images)) for task in self.suite.tasks}
 
     def _over(self, task: str, logits: Callable[[Tensor, str], Tensor]) -> Tensor:
         parts = self._images[task].split(64)

@@ -7,13 +7,14 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge import InputError
 from adamerge.data import fetch
-from adamerge.task_vectors import TaskVectors
-from modules import Blocks, DualAnchors, Objective
+from adamerge.suites import Suite
+from adamerge.task_vectors import BASE
+from modules import Blocks, DualAnchors, Head, Objective
 from trainers.anchors import anchor_rows
 from trainers.programs import Joint, Program
 from trainers.streams import Stream
@@ -116,39 +117,44 @@ class Known:
 
 
 class ExpertOutputs:
-    """images -> [features, then with `blocks` the token means after every block], of the expert that is loaded."""
+    """What a suite's experts give for images, one expert in memory at a time."""
 
-    def __init__(self, backbone: nn.Module, blocks: bool, device: torch.device) -> None:
-        self.model = copy.deepcopy(backbone).eval().requires_grad_(False).to(device)
+    def __init__(self, suite: Suite, blocks: bool, device: torch.device) -> None:
+        self.suite, self.vectors = suite, suite.task_vectors()
+        self.model = copy.deepcopy(suite.backbone()).eval().requires_grad_(False).to(device)
         self.hooks = Blocks(self.model) if blocks else None
+        self._loaded: str | None = None
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of another expert."""
-        self.model.load_state_dict(dict(state))
-
-    def __call__(self, images: Tensor) -> list[Tensor]:
+    @torch.no_grad()
+    def __call__(self, expert: str, images: Tensor) -> list[Tensor]:
+        """Features, then with `blocks` the token means after every block, of that expert, or of the base (`BASE`)."""
+        if expert != self._loaded:
+            self.model.load_state_dict(dict(self.vectors.base if expert == BASE else self.vectors.expert(expert)))
+            self._loaded = expert
         if self.hooks is None:
             return [self.model(images)]
         with self.hooks.recording() as recorded:
             features = self.model(images)
         return [features, *recorded.values()]
 
+    @torch.no_grad()
+    def logits(self, task: str, images: Tensor) -> Tensor:
+        """Of the task's expert, by the head it came with."""
+        logits: Tensor = Head(self.suite.head(task)).to(images.device)(self(task, images)[0])
+        return logits
+
 
 class Asked(Known):
-    """What experts give for images that nobody knows beforehand: asked at each step, one expert in memory at a time."""
+    """What experts give for images that nobody knows beforehand: asked at each step."""
 
-    def __init__(self, experts: ExpertOutputs, vectors: TaskVectors) -> None:
+    def __init__(self, experts: ExpertOutputs) -> None:
         super().__init__()
-        self.experts, self.vectors, self._loaded = experts, vectors, ""
+        self.experts = experts
 
-    @torch.no_grad()
     def __call__(self, what: str, task: str, part: Mapping[str, Tensor] | None) -> list[Tensor] | None:
         if what != "expert" or part is None:
             return super().__call__(what, task, part)
-        if task != self._loaded:
-            self.experts.load(self.vectors.expert(task))
-            self._loaded = task
-        return self.experts(part["images"])
+        return self.experts(task, part["images"])
 
 
 def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
@@ -160,11 +166,11 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
     stream, objective = run.trainer.datamodule, run.phase.objective  # type: ignore[attr-defined]
     teaches = "teacher" in objective.needs
     if teaches:
-        experts, vectors = ExpertOutputs(run.suite.backbone(), objective.blocks, run.device), run.suite.task_vectors()
+        experts = ExpertOutputs(run.suite, objective.blocks, run.device)
         for task in run.suite.tasks:
             run.teachers[task].to(run.device)
     if not isinstance(stream, Stream):
-        run.known = Asked(experts, vectors) if teaches else run.known
+        run.known = Asked(experts) if teaches else run.known
         return
     batches, per_step = stream.steps(), run.trainer.accumulate_grad_batches
 
@@ -181,8 +187,7 @@ def look_ahead(run: "Adaptation", steps: range, same: str | None) -> None:
             keep(same, task, partial(features, task))
     if teaches:
         for task in batches.datasets:
-            experts.load(vectors.expert(task))
-            keep("expert", task, experts)
+            keep("expert", task, partial(experts, task))
     for part in objective.modules():
         if isinstance(part, DualAnchors):
             for task, rows in anchor_rows(run, part):

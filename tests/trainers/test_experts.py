@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from adamerge import InputError
 from adamerge.suites import Subset
 from modules import BlockRouter, Coefficients, ConcreteMask, Entropy, FeatureRouter, Fuser, Surgery
-from trainers import AdaMMS, Adaptation, Experts, Guard, Joining, MovingAverage, Reset, Stream
+from trainers import AdaMMS, Adaptation, BiLevel, Experts, Guard, Joining, MovingAverage, Reset, Stream
 from trainers.pools import relaid
 from trainers.report import Report
 from trainers.traces import Snapshots
@@ -66,6 +66,14 @@ def test_one_that_goes_takes_its_own_along(adapt):
     assert set(run.merged.fingerprints) == {"base", "two", "three"}
     assert list(run.heads) == list(ALL)
     assert run.merged.delta(run.coefficients.rows[0]).shape[0] == 2
+
+
+def test_what_a_program_kept_of_other_experts_is_forgotten(adapt):
+    given = {"elements": ConcreteMask(), "learn": ["elements"], "program": BiLevel(stale=True)}
+    run, before, after = watched(adapt, {3: ["one", "two"]}, steps=5, **given)
+    assert run.phase.stepper._last.shape[1] == 2
+    name = next(name for name in after[5][0] if name.startswith("elements."))
+    assert not torch.equal(after[5][0][name], before[3][0][name]), "it learns on"
 
 
 def test_until_it_comes_nothing_is_known_of_an_expert(adapt):

@@ -342,11 +342,10 @@ def test_the_teacher_has_the_original_experts_and_heads(adapt):
         learn=["coefficients", "heads"],
         learning_rates={"heads": 1.0},
     )
-    experts = ExpertOutputs(suite.backbone(), False, torch.device("cpu"))
-    experts.load(suite.task_vectors().expert("two"))
+    experts = ExpertOutputs(suite, False, torch.device("cpu"))
     index = looked_up(module, "two")
     images, _ = suite.dataset("two", "test").batch(index)
     found = module.known("expert", "two", {"index": index})
-    torch.testing.assert_close(found[0], experts(images)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0], experts("two", images)[0], rtol=0, atol=1e-6)
     assert torch.equal(module.teachers["two"].weight, suite.head("two").weight)
     assert not torch.equal(module.heads["two"].weight, suite.head("two").weight)
