@@ -84,7 +84,7 @@ class Bench:
 
     @cached_property
     def dense(self) -> TaskVectors:
-        deltas = {name: self._random(*value.shape) for name, value in self.base.items() if value.is_floating_point()}
+        deltas = {name: self.random(*value.shape) for name, value in self.base.items() if value.is_floating_point()}
         return TaskVectors(self.base, deltas, self.tasks, fingerprints={})
 
     @cached_property
@@ -93,13 +93,14 @@ class Bench:
 
         def deltas(value: Tensor) -> AnyDeltas:
             if value.dim() == 2:
-                return LowRank(self._random(len(value), RANK), self._random(RANK, value.shape[1]))
+                return LowRank(self.random(len(value), RANK), self.random(RANK, value.shape[1]))
             return value.new_zeros(1).expand(len(self.tasks), *value.shape)
 
         found = {name: deltas(value) for name, value in self.base.items() if value.is_floating_point()}
         return TaskVectors(self.base, found, self.tasks, fingerprints={})
 
-    def _random(self, *shape: int) -> Tensor:
+    def random(self, *shape: int) -> Tensor:
+        """Deltas of every expert, [K, *shape]."""
         return torch.empty(len(self.tasks), *shape, device=self.head.device).normal_(0, 1e-3)
 
     def merged(self, kind: str) -> MergedModel:

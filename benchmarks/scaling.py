@@ -8,6 +8,7 @@ Each figure is a ratio to something measured in the same run, in turns. On a GPU
 - experts: seconds that one more expert adds to a step, over reading its deltas twice;
 - storage: bytes and seconds of a step with deltas in fewer bits or on disk;
 - memory: the peak of a step in micro-batches, over the sum of what it needs;
+- large: the peak and the seconds of a step on two images with 64 experts in 8 bits on disk (of ViT-L/14, 20 GB of it);
 - evaluation: images per second of a static merge, over those of the plain model;
 - start: `train.py --help` and the first step of `fit`, beside the import of torch and lightning.
 """
@@ -17,9 +18,12 @@ import json
 import math
 import multiprocessing
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adamerge import TaskVectors
 from adamerge.memory import kept
 from adamerge.rules import Store
 from benchmarks.adaptation_step import ADAPTATION, IN_PARTS, SIZES, TRAINING, Bench, peak_resident, seconds
@@ -182,6 +187,44 @@ def activations(model: nn.Module, images: Tensor) -> int:
     return total
 
 
+def large(args: argparse.Namespace) -> dict[str, float]:
+    """Memory and seconds of a step with 64 experts that are stored in 8 bits on disk.
+
+    What the system keeps of these files in memory, and drops where memory is short, counts as "mapped".
+    """
+    bench, store = Bench(args.size, EXPERTS[-1], 1, args.device), Store("int8", "disk")
+    bench.images = bench.images[:2]
+    peak: dict[str, float] = {}
+    with sampled(peak):
+        likes = {name: value for name, value in bench.base.items() if value.is_floating_point()}
+        deltas = {name: store.stored(name, bench.random(*like.shape), like) for name, like in likes.items()}
+        model = MergedModel(bench.tower, TaskVectors(bench.base, deltas, bench.tasks, fingerprints={}), Coefficients())
+        step = bench.adaptation_step(model.requires_grad_(True), 1)
+        times = in_turns({"step": step}, args.device, 2)
+    bytes_stored = sum(d.nbytes for name in model.coefficients.rows if (d := model.delta(name)) is not None)
+    return {"GB of deltas": bytes_stored / 1e9, **{f"GB at the peak, {n}": v for n, v in peak.items()}, **times}
+
+
+@contextmanager
+def sampled(peak: dict[str, float]) -> Iterator[None]:
+    """Within the block, the most memory in GB that the process's own pages take, and those of files (Linux)."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            for name, field in (("own", "RssAnon"), ("mapped", "RssFile"), ("both", "VmRSS")):
+                peak[name] = max(peak.get(name, 0.0), int(status[field].split()[0]) * 1024 / 1e9)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def evaluation(args: argparse.Namespace) -> dict[str, float]:
     """Throughput of a merge in inference over that of the plain model."""
     bench = Bench(args.size, args.experts, args.images, args.device)
@@ -199,6 +242,7 @@ PARTS = {
     "experts": experts,
     "storage": storage,
     "memory": memory,
+    "large": large,
     "evaluation": evaluation,
     "start": lambda args: start(args.repeats),
 }
@@ -207,7 +251,7 @@ PARTS = {
 def main() -> None:
     """Measure the parts that are asked for; print them, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[p for p in PARTS if p != "large"])
     parser.add_argument("--size", choices=SIZES, default="ViT-B/32")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images", type=int, default=16, help="per task")

@@ -99,7 +99,7 @@ def reference_rows(
         **({"experts": {t: score(task_vectors.expert(t), (t,))[t] for t in taught}} if taught else {}),
         "mean": score(merge(task_vectors, [Mean()])),
         "task arithmetic 0.3": arithmetic[0.3],
-        f"task arithmetic {best:.2g} ({ORACLE})": arithmetic[best],
+        f"task arithmetic {best:.3g} ({ORACLE})": arithmetic[best],
     }
     if shard[0] == 0:
         write_text(cached, json.dumps(rows))
