@@ -1,6 +1,6 @@
 """Functional dual anchors: inputs, made without data, whose gradient points along a task vector."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-State = Mapping[str, Tensor]
+from adamerge.checkpoints import State
 
 
 class Anchors(NamedTuple):

@@ -29,6 +29,8 @@ _LONGEST = 255  # characters of a file's name
 _BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
+State: TypeAlias = Mapping[str, Tensor]
+
 #: L [m, r] and R [r, n]: a change L R of a tensor [m, …] with n elements a row.
 Factors: TypeAlias = tuple[Tensor, Tensor]
 

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge import fingerprint
-from adamerge.checkpoints import meta, open_state
+from adamerge.checkpoints import State, meta, open_state
 from adamerge.deltas import AnyDeltas, Deltas, LowRank, Sparse
 from adamerge.errors import InputError
 from adamerge.files import replacing
 from adamerge.packed import Packed
 from adamerge.plain_files import parse_json
 from adamerge.stored import Stored
-from adamerge.task_vectors import State, TaskVectors
+from adamerge.task_vectors import TaskVectors
 from adamerge.tensor_files import SafetensorsState
 
 #: The entry of a file's metadata that says what its tensors are.

@@ -2,9 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import torch
 from torch import Tensor
+
+#: The base's name among the fingerprints.
+BASE = "base"
 
 #: Characters of a digest that are shown to people; comparisons use all 64.
 SHORT = 12
@@ -23,3 +28,19 @@ def fingerprint(state: Mapping[str, Tensor], names: Iterable[str] | None = None)
     for name in sorted(state if names is None else names):
         update(digest, name, state[name])
     return digest.hexdigest()
+
+
+class Digests:
+    """Running fingerprints of several states at once; hashing leaves the interpreter lock, so threads help."""
+
+    def __init__(self, owners: tuple[str, ...]) -> None:
+        self._owners = owners
+        self._digests = [hashlib.sha256() for _ in owners]
+        self._pool = ThreadPoolExecutor()
+
+    def update(self, name: str, tensors: list[Tensor]) -> None:
+        list(self._pool.map(update, self._digests, repeat(name), tensors))
+
+    def hexdigests(self) -> dict[str, str]:
+        self._pool.shutdown()
+        return {owner: digest.hexdigest() for owner, digest in zip(self._owners, self._digests, strict=True)}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import Factors, factors_of, meta, rows_of
+from adamerge.checkpoints import Factors, State, factors_of, meta, rows_of
 from adamerge.deltas import dense
 from adamerge.kinds import role
 from adamerge.rules.combining import MergedState
-from adamerge.task_vectors import State, TaskVectors
+from adamerge.task_vectors import TaskVectors
 from adamerge.views import View
 
 _PARTS = ("query", "key", "value")

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adamerge.checkpoints import meta
+from adamerge.differences import PIECE
 from adamerge.errors import InputError
 from adamerge.files import json_file
 from adamerge.fused import Thirds
@@ -22,7 +23,6 @@ from adamerge.recipes import Job
 from adamerge.rules.base import Changes, Correction, PerTensor, Rule
 from adamerge.running import check_output, outcome
 from adamerge.scales import matching, per_tensor
-from adamerge.task_vectors import PIECE
 from adamerge.threads import WORKERS
 
 #: What Python, torch and the libraries take by themselves, with samples and counters of thresholds, about.

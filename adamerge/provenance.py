@@ -10,9 +10,10 @@ from adamerge.batches import wide
 from adamerge.checkpoints import meta
 from adamerge.deltas import dense
 from adamerge.errors import InputError
+from adamerge.fingerprint import BASE
 from adamerge.kinds import kind
 from adamerge.observing import Measure, Observation
-from adamerge.task_vectors import BASE, TaskVectors
+from adamerge.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from adamerge.statistics import Statistics

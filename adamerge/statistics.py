@@ -18,10 +18,10 @@ from adamerge.batches import Logits, Targets, output_logits
 from adamerge.checkpoints import open_state
 from adamerge.errors import InputError
 from adamerge.files import cache_folder, replacing
-from adamerge.fingerprint import fingerprint
+from adamerge.fingerprint import BASE, fingerprint
 from adamerge.observing import Measure, Observation, observe
 from adamerge.provenance import examine, signature
-from adamerge.task_vectors import BASE, TaskVectors
+from adamerge.task_vectors import TaskVectors
 
 log = logging.getLogger(__name__)
 

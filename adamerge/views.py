@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import Factors, Renamed, factors_of, meta, rows_of
+from adamerge.checkpoints import Factors, Renamed, State, factors_of, meta, rows_of
 from adamerge.files import json_file
+from adamerge.fingerprint import BASE
 from adamerge.kinds import role
-from adamerge.task_vectors import BASE
-
-State = Mapping[str, Tensor]
 
 
 class View(Mapping[str, Tensor]):

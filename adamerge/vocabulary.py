@@ -19,8 +19,8 @@ from torch import Tensor
 from adamerge.checkpoints import Factors, factors_of, meta, rows_of
 from adamerge.errors import InputError
 from adamerge.files import json_file
+from adamerge.fingerprint import BASE
 from adamerge.kinds import role
-from adamerge.task_vectors import BASE
 from adamerge.views import State, View
 
 Policy: TypeAlias = Literal["refuse", "intersect", "base"]

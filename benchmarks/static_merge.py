@@ -23,9 +23,9 @@ from rich.console import Console
 from torch import Tensor
 
 from adamerge.checkpoints import meta, open_state, rows_of
+from adamerge.differences import pieces
 from adamerge.preflight import passes
 from adamerge.recipes import read as read_recipe
-from adamerge.task_vectors import pieces
 from adamerge.tensor_files import header
 from adamerge.threads import in_order
 from adamerge.writing import layout

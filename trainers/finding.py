@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adamerge import InputError
 from adamerge.data import fetch
+from adamerge.fingerprint import BASE
 from adamerge.objectives import entropy
-from adamerge.task_vectors import BASE
 from modules import View
 from trainers.phases import ExpertOutputs
 from trainers.seeding import generator

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from adamerge import InputError
 from adamerge.data import fetch
+from adamerge.fingerprint import BASE
 from adamerge.suites import Suite
-from adamerge.task_vectors import BASE
 from modules import Blocks, DualAnchors, Head, Objective
 from trainers.anchors import anchor_rows
 from trainers.programs import Joint, Program

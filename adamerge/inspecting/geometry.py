@@ -9,9 +9,10 @@ from torch import Tensor
 
 from adamerge.checkpoints import meta
 from adamerge.deltas import dense
+from adamerge.differences import pieces
 from adamerge.kinds import block_of, kind
 from adamerge.ops import matrix
-from adamerge.task_vectors import TaskVectors, pieces
+from adamerge.task_vectors import TaskVectors
 from adamerge.threads import WORKERS, in_order
 
 

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adamerge.adapters import Adapted, is_adapter
-from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
+from adamerge.checkpoints import Renamed, State, hub_folder, meta, open_state
 from adamerge.errors import InputError
 from adamerge.files import exists
+from adamerge.fingerprint import BASE
 from adamerge.mergekit.companions import changes, tokenizer
 from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
 from adamerge.mergekit.settings import Settings, Source
 from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
 from adamerge.recipes import Job
-from adamerge.task_vectors import BASE, State, TaskVectors
+from adamerge.task_vectors import TaskVectors
 from adamerge.views import as_tied
 
 #: Computed anew by every model that has it, and left out of most files.

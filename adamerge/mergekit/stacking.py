@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adamerge.checkpoints import meta, rows_of
+from adamerge.checkpoints import State, meta, rows_of
 from adamerge.errors import InputError
 from adamerge.kinds import role
 from adamerge.mergekit.settings import Settings, Slice, Source
-from adamerge.task_vectors import State
 
 _LAYER = re.compile(r"((?:.*?\.)?)(\d+)(\..+)")
 

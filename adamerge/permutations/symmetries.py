@@ -9,12 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
 
-from torch import Tensor
-
+from adamerge.checkpoints import State
 from adamerge.errors import InputError
 
-State = Mapping[str, Tensor]
-#: Labels of the axes from the first on, or of the last ones after an Ellipsis; None, and what is left out, stays.
 Labels = tuple[str | EllipsisType | None, ...]
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adamerge.checkpoints import State
 from adamerge.errors import InputError
 from adamerge.permutations.activations import correlations
-from adamerge.permutations.symmetries import Axis, State, Symmetry
+from adamerge.permutations.symmetries import Axis, Symmetry
 from adamerge.permutations.weights import check_same, match_weights, permute
 
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.fingerprint import BASE
 from adamerge.observing import Measure
 from adamerge.rules.base import Changes, Correction, Stack
 from adamerge.statistics import Informed, Statistics
-from adamerge.task_vectors import BASE
 
 
 class Aim(Informed, Correction[Statistics]):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, LowRank, Sparse, changed
+from adamerge.differences import pieces
 from adamerge.errors import InputError
 from adamerge.kinds import kind
-from adamerge.task_vectors import TaskVectors, pieces
+from adamerge.task_vectors import TaskVectors
 from adamerge.threads import in_order
 
 Statistics = TypeVar("Statistics")

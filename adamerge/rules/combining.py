@@ -8,11 +8,12 @@ from torch import Tensor
 
 from adamerge.checkpoints import meta, rows_of
 from adamerge.deltas import LowRank, dense
+from adamerge.differences import pieces
 from adamerge.kinds import kind
 from adamerge.rules.base import Changes, Correction, Rule, Stack
 from adamerge.rules.linear import Mean
 from adamerge.scales import Scale, per_tensor
-from adamerge.task_vectors import TaskVectors, pieces
+from adamerge.task_vectors import TaskVectors
 
 
 class MergedState(Mapping[str, Tensor]):

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from adamerge.deltas import AnyDeltas
+from adamerge.differences import pieces
 from adamerge.errors import InputError
 from adamerge.rules.base import PerTensor, each_expert
 from adamerge.rules.random import generator
 from adamerge.scales import check_pattern
-from adamerge.task_vectors import TaskVectors, pieces
+from adamerge.task_vectors import TaskVectors
 
 
 class RandomDrop(PerTensor[tuple[str, ...]]):

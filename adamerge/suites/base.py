@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from adamerge.checkpoints import State
 from adamerge.data import Split as Split
 from adamerge.errors import InputError
 from adamerge.task_vectors import TaskVectors
-
-State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
 """Local, the suite of the user's own models and images."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from adamerge.checkpoints import meta, open_state, read_extra
+from adamerge.checkpoints import State, meta, open_state, read_extra
 from adamerge.data import DataSource, Preprocess, check_data
 from adamerge.data.base import class_difference
 from adamerge.errors import InputError
 from adamerge.suites.base import HeadWeights, Split, Suite
 from adamerge.task_vectors import TaskVectors
-
-State = Mapping[str, Tensor]
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _PREFIX = "backbone."

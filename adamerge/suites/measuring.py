@@ -12,7 +12,7 @@ from adamerge.agreement import with_agreement
 from adamerge.batches import Targets
 from adamerge.data import fetch
 from adamerge.errors import InputError
-from adamerge.fingerprint import update
+from adamerge.fingerprint import BASE, update
 from adamerge.merge import Step
 from adamerge.observing import Measure
 from adamerge.relay import collect_through
@@ -21,7 +21,6 @@ from adamerge.rules.random import generator
 from adamerge.selecting import select
 from adamerge.statistics import Informed, Statistics, collect
 from adamerge.suites.base import Split, Suite
-from adamerge.task_vectors import BASE
 
 AnyStep = TypeVar("AnyStep", bound=Step)
 

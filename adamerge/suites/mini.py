@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adamerge.backbones import TinyViT
-from adamerge.checkpoints import open_state
+from adamerge.checkpoints import State, open_state
 from adamerge.data import ArrayImages, Preprocess
 from adamerge.errors import InputError
 from adamerge.files import cache_folder, replacing
-from adamerge.suites.base import FineTune, HeadWeights, Split, State, Suite
+from adamerge.suites.base import FineTune, HeadWeights, Split, Suite
 from adamerge.suites.mini_images import drawn
 from adamerge.suites.mini_patterns import pattern
 from adamerge.suites.mini_tasks import TASKS, VERSION, MiniTask, Recipe

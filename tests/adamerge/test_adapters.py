@@ -99,7 +99,7 @@ def test_factors_are_not_rounded_to_the_precision_of_the_base(models, tmp_path):
 
 @pytest.mark.parametrize("rules", [[Mean()], [Trim(0.4), ElectSign("sum")]], ids=["Mean", "TIES"])
 def test_merges_are_those_of_the_merged_models(models, rules, monkeypatch):
-    monkeypatch.setattr("adamerge.task_vectors.PIECE", 100)
+    monkeypatch.setattr("adamerge.differences.PIECE", 100)
     whole = TaskVectors.open(models / "base", {name: models / f"{name}-merged" for name in ADAPTERS})
     expected = merge(whole, rules)
     for tv in (adapters(models), adapters(models).load()):

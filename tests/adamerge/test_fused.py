@@ -49,7 +49,7 @@ def test_splitting_matters_to_a_rule_that_sees_whole_tensors():
 @pytest.mark.parametrize("piece", [5, 2**18])
 @pytest.mark.parametrize("rules", [["TaskArithmetic"], [{"TruncatedSVD": {"rank": 1}}]], ids=["elementwise", "whole"])
 def test_files_are_split_and_joined(tmp_path, monkeypatch, rules, piece):
-    monkeypatch.setattr("adamerge.task_vectors.PIECE", piece)
+    monkeypatch.setattr("adamerge.differences.PIECE", piece)
     for name, state in zip(("base", "a", "b"), states(), strict=True):
         save_file(state, tmp_path / f"{name}.safetensors")
     values = {"base": "base.safetensors", "experts": {"a": "a.safetensors", "b": "b.safetensors"}, "rules": rules}

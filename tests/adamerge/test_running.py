@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adamerge import InputError, merge, running, task_vectors, writing
+from adamerge import InputError, TaskVectors, differences, merge, running, writing
 from adamerge.__main__ import main
 from adamerge.files import locked
 from adamerge.preflight import report
@@ -80,7 +80,7 @@ def in_memory(models: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("piece", [50, 2**18])
 def test_a_streamed_merge_has_the_bits_of_one_in_memory(models, tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(task_vectors, "PIECE", piece)
+    monkeypatch.setattr(differences, "PIECE", piece)
     out = run(recipe(models), tmp_path / "out", quiet())
     assert same(weights(out), in_memory(models))
     assert list(tmp_path.iterdir()) == [out]
@@ -130,7 +130,7 @@ def test_all_kinds_of_tensors_go_through_a_file(tmp_path):
     save_file(expert, tmp_path / "a.safetensors")
     values = {"base": "base.safetensors", "experts": {"a": "a.safetensors"}, "scale": 0.5}
     out = run(job(parse(values), tmp_path), tmp_path / "out", quiet())
-    tv = task_vectors.TaskVectors.from_state_dicts(base, {"a": expert})
+    tv = TaskVectors.from_state_dicts(base, {"a": expert})
     assert same(weights(out), merge(tv, scale=0.5))
     assert {file.name for file in out.iterdir()} == {"model.safetensors", RECORD}
 
@@ -153,7 +153,7 @@ def killed(models: Path, out: Path, after: int) -> None:
         original(file, parts, size, dying)
 
     original, writing._write = writing._write, write
-    task_vectors.PIECE = 500
+    differences.PIECE = 500
     run(recipe(models), out, quiet())
 
 
@@ -184,7 +184,7 @@ def test_a_killed_merge_goes_on_where_it_stopped(models, tmp_path, monkeypatch, 
 
 def merged(models: Path, out: Path, seconds: float) -> None:
     """In a process of its own, which the system ends as `kill -9` does when it has computed for so long."""
-    task_vectors.PIECE = 500
+    differences.PIECE = 500
     signal.setitimer(signal.ITIMER_PROF, seconds)
     run(recipe(models), out, quiet())
     out.with_suffix(".seconds").write_text(str(time.process_time()))

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge import InputError, TaskVectors, merge
+from adamerge.differences import Differences
+from adamerge.misfits import check
 from adamerge.rules import Mean
-from adamerge.task_vectors import _check, _Differences
 
 
 def identical(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
@@ -280,7 +281,7 @@ def test_opening_reads_headers_alone(monkeypatch, files, experts):
 
 def test_a_delta_holds_one_expert_at_a_time(watched):
     base, experts = watched
-    differences = _Differences(base, experts, _check(base, experts))
+    differences = Differences(base, experts, check(base, experts))
     assert Watched.reads == 0
     assert differences["0.weight"].shape == (3, 8, 6)
     assert Watched.reads == 4

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from adamerge import InputError, merge, task_vectors
+from adamerge import InputError, differences, merge
 from adamerge.recipes import job, parse
 from adamerge.rules import Mean
 
@@ -49,7 +49,7 @@ def test_another_size_is_refused_with_both_sizes_and_what_can_be_done(folder):
 
 @pytest.mark.parametrize("piece", [1, 4, 2**18])
 def test_rows_are_matched_by_token(folder, monkeypatch, piece):
-    monkeypatch.setattr(task_vectors, "PIECE", piece)
+    monkeypatch.setattr(differences, "PIECE", piece)
     found = asked(folder, "intersect")
     merged = merge(found.task_vectors, found.rules)
     # <s>, a and b are in the same rows; c is unknown to the expert, d is in its row 3; the last row is no token's.

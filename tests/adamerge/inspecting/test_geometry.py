@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adamerge import TaskVectors, task_vectors
+from adamerge import TaskVectors, differences
 from adamerge.inspecting import measure
 
 BASE = {"layers.0.weight": (4, 3), "layers.0.bias": (4,), "layers.1.weight": (4, 4), "head.scale": ()}
@@ -90,7 +90,7 @@ def test_identical_and_opposite_experts():
 
 
 def test_what_is_read_from_files_in_pieces_is_what_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(task_vectors, "PIECE", 5)
+    monkeypatch.setattr(differences, "PIECE", 5)
     base, experts = states()
     for name, state in {"base": base, **experts}.items():
         save_file(state, tmp_path / f"{name}.safetensors")

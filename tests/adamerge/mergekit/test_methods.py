@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge import task_vectors
+from adamerge import differences
 from adamerge.merge import plan
 from adamerge.mergekit import METHODS
 from adamerge.mergekit.masks import largest
@@ -359,7 +359,7 @@ def test_elementwise_methods_give_the_same_bits_in_pieces(models, job, monkeypat
     rows = "[{model: one}]" if METHODS[method].models[1] == 1 else "[{model: one}, {model: two}]"
     found = job(f"models: {rows}\nmerge_method: {method}\nbase_model: zero\nparameters: {{weight: 0.3, scale: 0.7}}")
     whole = dict(plan(found.task_vectors, found.rules))
-    monkeypatch.setattr(task_vectors, "PIECE", 4)
+    monkeypatch.setattr(differences, "PIECE", 4)
     state = plan(found.task_vectors, found.rules)
     assert all(len(list(state.parts(name))) > 1 for name, value in whole.items() if value.dim() > 1)
     assert all(torch.equal(state[name], value) for name, value in whole.items())

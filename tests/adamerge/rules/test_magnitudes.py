@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adamerge import TaskVectors, task_vectors
+from adamerge import TaskVectors, differences
 from adamerge.rules import Trim
 from adamerge.rules.magnitudes import Sample, kth_magnitudes, survey
 
@@ -83,7 +83,7 @@ def test_a_survey_finds_what_moved_and_where_it_did_not_look_first():
 def test_thresholds_do_not_depend_on_pieces(monkeypatch, piece):
     state = {"w": torch.randn(70, 30), "v": torch.randn(900), "s": torch.randn(()), "none": torch.zeros(0, 3)}
     tv = TaskVectors.from_state_dicts({name: torch.zeros_like(value) for name, value in state.items()}, {"a": state})
-    monkeypatch.setattr(task_vectors, "PIECE", piece)
+    monkeypatch.setattr(differences, "PIECE", piece)
     every = torch.cat([value.flatten() for value in state.values()])
     assert Trim(0.3).fit(tv).tolist() == sort(every[None], 3001 - int(0.3 * 3001)).tolist()
     kept = Trim(0.3)(tv).deltas

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors, merge
-from adamerge import task_vectors as module
+from adamerge import differences as module
 from adamerge.packed import Packed
 from adamerge.rules import Cart, ElectSign, Emr, Mean, Merged, Rebase, TaskArithmetic, Trim
 

@@ -88,7 +88,7 @@ def test_experts_join_one_after_the_other(tv, scale):
 def test_a_fold_sees_whole_matrices(tv, monkeypatch):
     rule, first, second = Opcm(rescale=False), tv.expert("a"), tv.expert("b")
     whole = fold(first, tv.base, second, rule, 1)
-    monkeypatch.setattr("adamerge.task_vectors.PIECE", 10)
+    monkeypatch.setattr("adamerge.differences.PIECE", 10)
     assert all(torch.equal(value, whole[name]) for name, value in fold(first, tv.base, second, rule, 1).items())
     sums = fold(first, tv.base, second, TaskArithmetic(), 1)
     assert not torch.allclose(sums["w"], whole["w"], atol=1e-3)

@@ -536,7 +536,7 @@ def test_files_and_pieces_give_what_memory_gives(case, tmp_path, monkeypatch):
     steps = case.steps(case.tasks)
     in_memory = TaskVectors.from_state_dicts(untied["base"], {task: untied[task] for task in experts})
     whole = merge(in_memory, rules=steps)
-    monkeypatch.setattr("adamerge.task_vectors.PIECE", 100)
+    monkeypatch.setattr("adamerge.differences.PIECE", 100)
     streamed = merge(TaskVectors.open(tmp_path / "base.safetensors", files), rules=steps)
     assert identical(streamed, merge(in_memory, rules=steps))
     if case.adds_up:

@@ -9,7 +9,7 @@ from by_hand import vectors
 from torch.testing import assert_close
 
 from adamerge import InputError, TaskVectors
-from adamerge import task_vectors as module
+from adamerge import differences as module
 from adamerge.deltas import dense
 from adamerge.packed import Packed
 from adamerge.rules import ComPeft, OneBit, Trim, transform

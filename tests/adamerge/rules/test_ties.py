@@ -161,7 +161,7 @@ def test_another_way_to_combine_is_refused():
 
 @pytest.mark.parametrize("combine", ["sum", "mean"])
 def test_ties_in_pieces_of_files_are_settled_as_by_hand(tmp_path, monkeypatch, combine):
-    monkeypatch.setattr("adamerge.task_vectors.PIECE", 64)
+    monkeypatch.setattr("adamerge.differences.PIECE", 64)
     grid = torch.Generator().manual_seed(3)
     base = {name: torch.randn(40, 8, generator=grid).bfloat16() for name in ("u", "v")}
     steps = [torch.randint(-3, 3, (40, 8), generator=grid) for _ in range(8)]  # most of them negative, many ties
