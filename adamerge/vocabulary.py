@@ -16,12 +16,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import Factors, factors_of, meta, rows_of
+from adamerge.checkpoints import Factors, State, factors_of, meta, rows_of
 from adamerge.errors import InputError
 from adamerge.files import json_file
 from adamerge.fingerprint import BASE
 from adamerge.kinds import role
-from adamerge.views import State, View
+from adamerge.views import View
 
 Policy: TypeAlias = Literal["refuse", "intersect", "base"]
 

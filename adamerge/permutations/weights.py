@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints import State
 from adamerge.errors import InputError
-from adamerge.permutations.symmetries import Axis, State, Symmetry
+from adamerge.permutations.symmetries import Axis, Symmetry
 
 #: By label: [n], unit i of the outcome is unit p[i] of the argument; or a soft one, [n, n], Σⱼ pᵢⱼ of the units j.
 Permutations = Mapping[str, Tensor]

@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from adamerge.checkpoints import open_state
+from adamerge.checkpoints import State, open_state
 from adamerge.errors import InputError
-from adamerge.suites.base import FineTune, HeadWeights, Split, State, Suite
+from adamerge.suites.base import FineTune, HeadWeights, Split, Suite
 from adamerge.task_vectors import TaskVectors
 
 
