@@ -33,7 +33,7 @@ from trainers.pools import adopt
 from trainers.programs import Losses, Program, average
 from trainers.seeding import drawing
 from trainers.settings import describe
-from trainers.streams import Batch
+from trainers.steps import Batch
 
 log = logging.getLogger(__name__)
 

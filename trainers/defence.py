@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamerge import InputError, objectives
 from trainers.programs import Joint, Losses, Program, average
-from trainers.streams import Batch
+from trainers.steps import Batch
 
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation

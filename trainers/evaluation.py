@@ -19,7 +19,7 @@ from adamerge.fingerprint import fingerprint
 from adamerge.rules import Mean, TaskArithmetic
 from adamerge.suites import Suite
 from modules import Head
-from trainers.streams import EvalChunks, StepLoader
+from trainers.loaders import EvalChunks, StepLoader
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from adamerge.data import DataSource, Preprocess, check_data
 from adamerge.suites import HeadWeights
 from modules import Head
 from trainers.augment import shift_and_flip
+from trainers.loaders import StepLoader, scoring_loaders, training_loader
 from trainers.progress import Progress
 from trainers.scoring import ScoredModule
-from trainers.streams import StepLoader, StreamSteps, scoring_loaders, training_loader
+from trainers.streams import StreamSteps
 
 Labelled = dict[str, dict[str, Tensor]]
 

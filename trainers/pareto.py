@@ -9,7 +9,7 @@ from torch import Tensor
 from adamerge import InputError
 from trainers import figures
 from trainers.search import Search
-from trainers.streams import Batch
+from trainers.steps import Batch
 
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation

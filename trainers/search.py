@@ -12,7 +12,7 @@ from adamerge import InputError
 from modules import View
 from modules.bounds import Bound
 from trainers.programs import Losses, Program
-from trainers.streams import Batch
+from trainers.steps import Batch
 
 if TYPE_CHECKING:
     from trainers.adaptation import Adaptation

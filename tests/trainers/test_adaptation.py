@@ -13,7 +13,8 @@ from adamerge.objectives import entropy
 from modules import Coefficients, Entropy
 from trainers import Adaptation, Stream
 from trainers.evaluation import accuracy
-from trainers.streams import StreamSteps, training_loader
+from trainers.loaders import training_loader
+from trainers.streams import StreamSteps
 
 
 def learned(module: Adaptation) -> torch.Tensor:

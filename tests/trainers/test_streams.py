@@ -6,8 +6,9 @@ from tiny_suite import TinySuite
 
 from adamerge import InputError
 from trainers import Adaptation, Stream
+from trainers.loaders import EvalChunks, StepLoader
 from trainers.seeding import generator
-from trainers.streams import EvalChunks, Part, StepLoader, StreamSteps
+from trainers.streams import Part, StreamSteps
 
 
 def steps(suite, **kwargs) -> StreamSteps:
