@@ -1,8 +1,9 @@
 """Time and memory of a static merge of large experts: `python -m benchmarks.static_merge --parameters 2e9`.
 
-Makes a base and experts of transformer-like shapes in bfloat16 shards, merges them by TIES with a global threshold in a
-process of its own, and compares its time with that of reading the files as often as the rule needs, in the same way,
-and writing as much as the merge. Files are dropped from the page cache before each of the two, and deleted at the end.
+Makes a base and experts of transformer-like shapes in bfloat16 shards, merges them in a process of its own (by TIES
+with a global threshold, which reads them three times, and by task arithmetic, which reads them once), and compares its
+time with that of reading the files as often as the rule needs, in the same way, and writing as much as the merge. Files
+are dropped from the page cache before each of the two, and deleted at the end.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from adamerge.threads import in_order
 from adamerge.writing import layout
 
 VOCABULARY, SHARD = 32_000, 10**9
-RULES = [{"Trim": {"keep": 0.2}}, {"ElectSign": {"combine": "mean"}}]
+RULES = {
+    "TIES with global trim": [{"Trim": {"keep": 0.2}}, {"ElectSign": {"combine": "mean"}}],
+    "task arithmetic": ["TaskArithmetic"],
+}
 
 
 def shapes(parameters: float) -> dict[str, Tensor]:
@@ -118,10 +122,11 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Make, measure, say, delete."""
+    """Make, measure by each rule, say, delete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=2e8)
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--folder", type=Path, help="where to put the files; a temporary folder by default")
     parser.add_argument("--copy", type=Path, nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -138,16 +143,19 @@ def main() -> None:
         for n in range(asked.experts + 1):
             make(folder / f"model{n}", tensors, n)
         experts = {f"task{n}": f"model{n}" for n in range(1, asked.experts + 1)}
+        console.print(f"{asked.experts} experts of {count / 1e9:.2f} billion parameters, bfloat16")
         recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({"base": "model0", "experts": experts, "rules": RULES, "scale": 1.0}))
-        forget(folder)
-        plain, _ = measure(["benchmarks.static_merge", "--copy", str(recipe), str(folder / "copy")])
-        (folder / "copy").unlink()
-        forget(folder)
-        merging, peak = measure(["adamerge", "merge", str(recipe), "--output", str(folder / "merged")])
-    models = f"{asked.experts} experts of {count / 1e9:.2f} billion parameters, bfloat16, TIES with global trim"
-    console.print(f"{models}: {merging:.1f} s, peak {peak:.2f} GB resident")
-    console.print(f"reading as often and writing as much: {plain:.1f} s; ratio {merging / plain:.2f}")
+        for rule in asked.rules:
+            job = {"base": "model0", "experts": experts, "rules": RULES[rule], "scale": 1.0}
+            recipe.write_text(yaml.safe_dump(job))
+            forget(folder)
+            plain, _ = measure(["benchmarks.static_merge", "--copy", str(recipe), str(folder / "copy")])
+            (folder / "copy").unlink()
+            forget(folder)
+            merging, peak = measure(["adamerge", "merge", str(recipe), "--output", str(folder / "merged")])
+            shutil.rmtree(folder / "merged")
+            console.print(f"{rule}: {merging:.1f} s, peak {peak:.2f} GB resident")
+            console.print(f"reading as often and writing as much: {plain:.1f} s; ratio {merging / plain:.2f}")
 
 
 if __name__ == "__main__":
