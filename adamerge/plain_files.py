@@ -17,6 +17,8 @@ from adamerge.errors import InputError
 
 _MOST = 50_000  # values, with those behind aliases as often as they are named
 _DEEPEST = 100
+#: Characters of YAML that are read.
+MOST_TEXT = 1_000_000
 _BUILT = (torch.nn.Module, torch.utils.data.Dataset, torch.optim.Optimizer)
 
 
@@ -34,7 +36,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def guard_yaml(text: str) -> None:
-    """Raise yaml.YAMLError for text that is no YAML, or that is too deep or too large once aliases are written out."""
+    """Raise yaml.YAMLError for text that is no YAML, that gives a key twice, or that is too deep or too large once
+    aliases are written out.
+    """
+    if len(text) > MOST_TEXT:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {MOST_TEXT:,}")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
@@ -47,8 +53,20 @@ def guard_yaml(text: str) -> None:
             raise yaml.YAMLError("it is nested without end")
         if count + len(left) > _MOST:
             raise yaml.YAMLError(f"with its aliases written out, it has more than {_MOST} values")
+        _check_once(node)
         inner = node.value if isinstance(node, yaml.CollectionNode) else ()
         left += [(each, depth + 1) for part in inner for each in (part if isinstance(part, tuple) else (part,))]
+
+
+def _check_once(node: yaml.Node | None) -> None:
+    """Raise yaml.YAMLError for a mapping that gives a key twice: YAML's loaders drop the first without a word."""
+    seen: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice, in lines {seen[key.value]} and {line}")
+            seen[key.value] = line
 
 
 def check_classes(values: Any) -> None:

@@ -2,17 +2,14 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -23,20 +20,21 @@ from rich.table import Table
 from adamerge import InputError
 from adamerge.checkpoints import load_torch
 from adamerge.files import write_text
-from adamerge.plain_files import check_classes, guard_yaml
+from adamerge.plain_files import check_classes
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
+from trainers.overlays import Overlay, guard_overlays
 from trainers.predicting import predict
 from trainers.progress import Progress
 from trainers.report import Report
 from trainers.saving import Checkpoint, WholeFiles, requeued
+from trainers.sentences import sentence
 from trainers.sources import Source
 
 #: The main job; every `--config` is an overlay on it.
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 
 
-_YAML = get_loader("yaml")
 _IN_EVERY_CHECKPOINT = ("state_dict", "global_step", "loops", "callbacks")
 _OF_ONE_CALL = ("ckpt_path", "weights_only")
 
@@ -106,20 +104,27 @@ class KeepConfig(SaveConfigCallback):
             write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(config, skip_none=False))
 
 
+def _checkpoints(root: str, name: str) -> str:
+    """The folder of a run's checkpoints."""
+    if root is None or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"root must name a folder and name one within it: got {root!r} and {name!r}")
+    return str(Path(root, name, "checkpoints"))
+
+
 class CLI(LightningCLI):
     """`--name` names the run's folder, `runs/<name>/`: config, checkpoints, logs, results and figures."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(allow_abbrev=False, **kwargs)
+        parser = LightningArgumentParser(allow_abbrev=False, dump_header=[f"lightning=={L.__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=Overlay, help="a YAML file; later ones change what they name")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", default="run", help="name of the run's folder")
-        parser.add_argument("--root", default="runs", help="where run folders are made")
+        parser.add_argument("--name", type=str, default="run", help="name of the run's folder")
+        parser.add_argument("--root", type=str, default="runs", help="where run folders are made")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Report, "report")
-        parser.link_arguments(
-            ("root", "name"), "checkpoint.dirpath", lambda root, name: str(Path(root, name, "checkpoints"))
-        )
+        parser.link_arguments(("root", "name"), "checkpoint.dirpath", _checkpoints)
         parser.set_defaults(
             {
                 "checkpoint.filename": "{step}",
@@ -138,6 +143,15 @@ class CLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # `_print_scores` has a table of its own
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        seed = config.seed_everything
+        if seed is None or not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything is {seed}; a seed is a number from 0 to {2**32 - 1}")
+        if config.trainer.max_steps is None:
+            raise InputError("trainer.max_steps is null; a stream has no end: give a positive number")
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint restores what was learned; the configuration is the one given, so that folders may move."""
@@ -167,7 +181,12 @@ class CLI(LightningCLI):
         elif self.subcommand != "fit":
             kwargs["logger"] = False
         kwargs["plugins"] = [*(config.trainer.plugins or []), WholeFiles()]
-        return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        try:
+            return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # Lightning's checks of arguments that go together
+            raise InputError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         """Look at what was given before any work starts."""
@@ -235,35 +254,6 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process says it for all
             sys.stderr.write(f"error: {sentence(error)}\n")
         raise SystemExit(2) from None
-
-
-def guard_overlays() -> None:
-    """Let the parser refuse an overlay that would grow without end."""
-    set_loader("yaml", partial(_load_yaml, load=_YAML))
-
-
-def _load_yaml(text: str, load: Callable[[str], Any]) -> Any:
-    if "*" in text or len(text) > 1000:  # short values without aliases, of which there are many, are as they look
-        guard_yaml(text)
-    return load(text)
-
-
-def sentence(error: Exception) -> str:
-    """What is wrong in one line: of a parser's nested report, where it happened and its innermost reason."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"an overlay is no text in UTF-8: {error}"
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-    if len(lines) == 1 or isinstance(error, InputError):
-        return " ".join(lines)
-    keys = [match[1] for line in lines if (match := re.fullmatch(r'Parser key "(.+)":', line))]
-    classes = [match[1] for line in lines if (match := re.fullmatch(r"Problem with given class_path '(.+)':", line))]
-    noise = re.compile(
-        r"Parser key|Problem with given|Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
-    )
-    reasons = [line for line in lines if not noise.match(line)]
-    reasons = [line for line in reasons if not line.startswith("Expected a path")] or reasons or lines
-    where = ".".join(keys) + (f" ({classes[-1]})" if classes else "")
-    return f"{where}: {reasons[0]}" if where else reasons[0]
 
 
 def _set_up_output() -> None:
