@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentError,
+    get_loader,
+    set_loader,
+)
 
 from adamerge import InputError
 from adamerge.plain_files import MOST_TEXT, guard_yaml
@@ -24,7 +29,7 @@ class Overlay(ActionConfigFile):
         InputError: for one that is no mapping of the parser's keys, or whose values are not what these keys take.
     """
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = os.path.expanduser(values)
         is_path = os.path.exists(path)
         try:
@@ -38,7 +43,7 @@ class Overlay(ActionConfigFile):
         except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{values if is_path else '--config'}: {sentence(error)}") from error
 
-    def _keys(self, parser: ArgumentParser) -> set[str]:
+    def _keys(self, parser: Any) -> set[str]:
         """What an overlay may name, dotted: all but overlays themselves and what prints and ends."""
         commands = parser._subcommands_action.choices if parser._subcommands_action else ()
         names = {action.dest for action in parser._actions} - {self.dest, f"print_{self.dest}"}

@@ -8,6 +8,9 @@ from tiny_suite import TinySuite
 
 from modules import Coefficients
 from trainers import Adaptation, Stream
+from trainers.cli import CLI
+
+_BUILT: dict[str, object] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +40,19 @@ def adapt(tmp_path: Path):
         return module, fitted
 
     return run
+
+
+@pytest.fixture
+def up_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line from text to instances; parsers, most of its time, are _BUILT for the first call alone."""
+    build = CLI.setup_parser
+
+    def setup(self, *arguments):
+        if not _BUILT:
+            before = set(vars(self))
+            build(self, *arguments)
+            _BUILT.update({name: value for name, value in vars(self).items() if name not in before})
+        vars(self).update(_BUILT)
+
+    monkeypatch.setattr(CLI, "setup_parser", setup)
+    monkeypatch.setattr(CLI, "_run_subcommand", lambda self, subcommand: None)

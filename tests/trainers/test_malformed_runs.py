@@ -15,7 +15,7 @@ from tiny_suite import TinySuite
 
 from adamerge import InputError
 from trainers import Adaptation
-from trainers.cli import CLI, main
+from trainers.cli import main
 from trainers.results import whole_results
 
 HERE = Path(__file__).parent
@@ -71,23 +71,6 @@ def test_results(count):
     refuses(read, files(valid, as_json), Path("results.json"), count)
 
 
-@pytest.fixture
-def _up_to_the_run(monkeypatch):
-    """The command line from text to instances; parsers, most of its time, are built for the first call alone."""
-    built: dict = {}
-    build = CLI.setup_parser
-
-    def setup(self, *arguments):
-        if not built:
-            before = set(vars(self))
-            build(self, *arguments)
-            built.update({name: value for name, value in vars(self).items() if name not in before})
-        vars(self).update(built)
-
-    monkeypatch.setattr(CLI, "setup_parser", setup)
-    monkeypatch.setattr(CLI, "_run_subcommand", lambda self, subcommand: None)
-
-
 def command_line(path: Path) -> None:
     """Raise InputError for an overlay that is refused in a sentence."""
     said, code = io.StringIO(), 0
@@ -102,7 +85,7 @@ def command_line(path: Path) -> None:
         raise InputError(said.getvalue())
 
 
-@pytest.mark.usefixtures("_up_to_the_run")
+@pytest.mark.usefixtures("up_to_the_run")
 @pytest.mark.parametrize(
     "count",
     [pytest.param(40, id="40"), pytest.param(2000, id="2000", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
