@@ -22,11 +22,13 @@ _BREAK = re.compile(r"  - |Type typing\.Callable.* expects a function or a calla
 _PLAIN = (
     (r"Import path (\S+) does not correspond to a subclass of (\w+)", r"\1 is no \2: give the dotted path of one"),
     (r"Expected '(\S+)' to be a subclass of <class '(\w+)'>.*", r"\1 is no \2: give the dotted path of one"),
-    (r"Expected a dot import path string: (.*)", r"'\1' is no dotted path of a class, such as modules.Entropy"),
+    (r"Expected a dot import path string: ?(.*)", r"'\1' is no dotted path of a class, such as modules.Entropy"),
     (r"Not a valid subclass of (\w+)", r"Expected the class_path of a \1, and init_args"),
     (r"(No module named '.+')", r"\1: it is neither installed nor in the working directory; is it spelt right?"),
     (r"Expected a <class '(?:\w+\.)*(\w+)'>", r"Expected \1"),
     (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
+    (r"\.+ Got value: Namespace\(.*", ""),
+    (r"\.? Got value:$", ", got ''"),
     (r"\.? Got value: (.*)", r", got \1"),
     (r"Unable to load config (.*)", r"\1 is neither a mapping of its keys nor a file of one"),
     (r"Call to compute_fn of link .* failed: (.*)", r"\1"),
@@ -45,7 +47,7 @@ def sentence(error: Exception) -> str:
     keys = [match[1] for line in lines if (match := re.fullmatch(r'Parser key "(.+)":', line))]
     classes = [match[1] for line in lines if (match := re.fullmatch(r"Problem with given class_path '(.+)':", line))]
     reasons = [line for line in lines if not _NOISE.match(line)]
-    reasons = [line for line in reasons if not line.startswith("Expected a path")] or reasons or lines
+    reasons = [line for line in reasons if not re.match("Expected a path|either not", line)] or reasons or lines
     where = ".".join(keys) + (f" ({classes[-1]})" if classes else "")
     reason = _reason(reasons, lines) + _near(reasons[0], classes)
     return _shortened(f"{where}: {reason}" if where else reason)
@@ -70,11 +72,12 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 def _reason(reasons: list[str], lines: list[str]) -> str:
     """The innermost reason; of types that none fits, all, and what was given."""
     types = [line for line in reasons if re.match(r"Expected a (?!dot)|Not a valid", line)]
-    if not types or types[0] != reasons[0] or "Got value" in reasons[0]:
+    if reasons[0] not in types or lines[lines.index(reasons[0]) - 1] != "Errors:":
         return _plain(reasons[0])
-    given = [line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")]
-    expected = " or ".join(dict.fromkeys(_plain(line).removeprefix("Expected ") for line in types))
-    return f"Expected {expected}{f', got {given[0]}'.split('. Got value: ')[0] if given else ''}"
+    given = next((line for line in lines[lines.index(reasons[0]) :] if line.startswith("Given value:")), "")
+    bare = [re.sub(", got .*", "", _plain(line)).removeprefix("Expected ") for line in types]
+    expected = " or ".join(dict.fromkeys(bare))
+    return _plain(f"Expected {expected}, got {given.removeprefix('Given value:').strip() or repr('')}")
 
 
 def _near(reason: str, classes: list[str]) -> str:
