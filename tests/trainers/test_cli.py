@@ -130,9 +130,9 @@ def test_overlays_change_what_they_name():
         ("--model.init_args.coefficients.init_args.grian=tensor", "'grian' is not accepted"),
         (
             "--model.init_args.coefficients.init_args.grain=layer",
-            r"model\.coefficients\.grain .*'column'\]. Got value: layer",
+            r"model\.coefficients\.grain .*'column', got layer",
         ),
-        ("--data.init_args.batch_size=three", r"data\.batch_size .*Got value: three"),
+        ("--data.init_args.batch_size=three", r"data\.batch_size .*Expected int, got three"),
         ("--data.init_args.batch_size=0", "batch sizes must be positive"),
         ("--trainer.max_step=3", r"--trainer\.max_step"),
         ("--config=nothing.yaml", r"File does not exist: '.*nothing\.yaml'"),

@@ -262,7 +262,7 @@ def test_one_failing_method_does_not_lose_the_other(capsys):
         compare.main([*GIVEN, "broken.yaml", "tensor.yaml", "--seeds", "4", "--", "--report.figures", "false"])
     assert stopped.value.code == 1
     out = capsys.readouterr().out
-    assert re.search(r"1/2 broken, seed 4: failed: .*Got value: nothing", out)
+    assert re.search(r"1/2 broken, seed 4: failed: .*, got nothing", out)
     assert re.search(r"2/2 One per tensor, seed 4: \d+\.\d %, \d+ s, \d\.\d GB", out)
     found = json.loads(Path("out/compare.json").read_text())
     assert [row["label"] for row in found["rows"]][-3:] == [BEST, "broken", "One per tensor"]
@@ -276,7 +276,7 @@ def test_one_failing_method_does_not_lose_the_other(capsys):
     text = Path("out/compare.md").read_text()
     assert "| broken (0 of 1 seeds) | – |" in text
     assert "| teacher |" not in text
-    assert re.search(r"- broken, seed 4: .*Got value: nothing \(out/runs/broken/seed4/log\.txt\)", text)
+    assert re.search(r"- broken, seed 4: .*, got nothing \(out/runs/broken/seed4/log\.txt\)", text)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def command_line(path: Path) -> None:
 @pytest.mark.usefixtures("up_to_the_run")
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(40, id="40"), pytest.param(2000, id="2000", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [pytest.param(40, id="40"), pytest.param(2100, id="2100", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
 )
 def test_overlays(count):
     valid = {
