@@ -9,7 +9,7 @@ import torch
 from jsonargparse import get_loader
 
 from adamerge.errors import InputError
-from adamerge.files import exists
+from adamerge.files import exists, expanded
 from adamerge.mergekit.methods import METHODS
 from adamerge.mergekit.settings import Condition, Parameters, Setting, Settings, Slice, Source
 from adamerge.plain_files import guard_yaml
@@ -153,7 +153,7 @@ class _Parser:
     def model(self, loaded: Any, where: str) -> str:
         if not isinstance(loaded, str) or not loaded:
             raise self.error(f"{where}: expected a folder or Hub id as the model, got {loaded!r}")
-        if not exists(Path(loaded)):
+        if not exists(expanded(loaded)):
             if "" in (parts := loaded.split("+")) or len(parts) > 2:
                 raise self.error(f"{where}: {loaded!r} is no model+adapter: expected one adapter after the model")
             if "@" in loaded:

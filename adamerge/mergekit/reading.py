@@ -7,7 +7,7 @@ from pathlib import Path
 from adamerge.adapters import Adapted, is_adapter
 from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
 from adamerge.errors import InputError
-from adamerge.files import exists
+from adamerge.files import exists, expanded
 from adamerge.mergekit.companions import changes, tokenizer
 from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
@@ -65,7 +65,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
 
 def _locate(model: str) -> Path:
     """Where a model is, without the adapter of `model+adapter`; a Hub id is downloaded."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if exists(path):
         return path
     if "+" in model:
@@ -77,7 +77,7 @@ def _locate(model: str) -> Path:
 
 def _adapter(model: str) -> Path | None:
     """Where the adapter of `model+adapter` is."""
-    if exists(Path(model).expanduser()) or "+" not in model:
+    if exists(expanded(model)) or "+" not in model:
         return None
     folder = _locate(model.partition("+")[2])
     if not is_adapter(folder):

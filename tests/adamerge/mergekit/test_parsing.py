@@ -41,6 +41,7 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("merge_method: linear\nmodels: [{model: org/one@main}]", "names a revision"),
         ("merge_method: linear\nmodels: [{model: {path: one}}]", "expected a folder or Hub id"),
         ("merge_method: linear\nmodels: [{model: ./nowhere}]", "no such model: ./nowhere"),
+        ("merge_method: linear\nmodels: [{model: ~nobody-at-all/x}]", "~nobody-at-all/x: there is no home folder"),
         (f"merge_method: linear\nmodels: [{{model: {'y' * 300}}}]", "no such model: yyy"),
         (
             f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: {10**400}}}}}]",
