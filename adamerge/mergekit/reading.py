@@ -9,7 +9,8 @@ from adamerge.checkpoints import Renamed, hub_folder, meta, open_state
 from adamerge.errors import InputError
 from adamerge.files import exists, expanded
 from adamerge.mergekit.companions import changes, tokenizer
-from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved
+from adamerge.mergekit.differences import NEGATIVE
+from adamerge.mergekit.methods import Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
 from adamerge.mergekit.settings import Settings, Source
 from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
@@ -47,7 +48,8 @@ def read(path: str | Path, seed: int = 0) -> Job:
     }
     home = settings.slices[0].base or settings.slices[0].sources[0].model
     companions, said = tokenizer(settings.tokenizer, home, files, _locate)
-    notes = settings.notes + settings.how.notes + said
+    base = states[outputs[0].cast.base.model]
+    notes = settings.notes + settings.how.notes + _differences(settings, outputs[0], base) + said
     divided = [numbers.own for numbers in resolved.values() if settings.how.elects and numbers.shared["normalize"]]
     if any(own["weight"] < 0 for models in divided for own in models):
         notes += (NEGATIVE,)
@@ -61,6 +63,21 @@ def read(path: str | Path, seed: int = 0) -> Job:
         recipe={**settings.file, "seed": seed},
         notes=notes,
     )
+
+
+def _differences(settings: Settings, output: Output, base: State) -> tuple[str, ...]:
+    """Notes on precision, and on what mergekit leaves out; `output` is any tensor."""
+    notes = []
+    own = str(meta(base, output.base).dtype).removeprefix("torch.")
+    if (dtype := settings.file.get("dtype") or own) in ("float16", "bfloat16"):
+        notes.append(f"computed in float32 and rounded once, where mergekit computes in {dtype}")
+    first, last = (len(settings.slices[place].sources) for place in (0, -1))
+    if first < last:
+        notes.append(
+            f"what follows the layers is merged from all {last} sources of the last slice: mergekit takes as many of "
+            f"them as the first slice has, {first}"
+        )
+    return tuple(notes)
 
 
 def _locate(model: str) -> Path:
@@ -127,6 +144,8 @@ def _resolve(settings: Settings, output: Output, seed: int) -> Resolved:
         value = settings.value(parameter, name, output.t, output.slice, source)
         if value is None and default is None and experts:
             whose = f"{source.model} has" if source else f"{settings.method} has"
+            if source and source.model == output.slice.base:
+                whose = f"{source.model}, the base_model, is one of the models that {settings.method} merges, and has"
             raise InputError(
                 f"{whose} no `{parameter}` for {name}: give one in `parameters`; of several conditions, the last needs "
                 "no filter"
@@ -158,5 +177,6 @@ def _check(method: str, name: str, resolved: Resolved) -> None:
         if not 0 <= own.get("gamma", 0.0) < 1:
             raise InputError(f"{model}, {name}: expected 0 <= gamma < 1, got {own['gamma']:g}")
     total = sum(own.get("weight", 1.0) for own in resolved.own)
-    if method == "linear" and resolved.shared["normalize"] and resolved.models and abs(total) < 1e-8:
-        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `normalize: false`")
+    normalize = {"linear": "normalize", "multislerp": "normalize_weights"}.get(method)
+    if normalize and resolved.shared[normalize] and resolved.models and abs(total) < 1e-8:
+        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `{normalize}: false`")

@@ -129,6 +129,7 @@ merge_method: linear
 dtype: float32
 tokenizer_source: base
 base_model: org/base
+parameters: {weight: 0.2} # of the base
 """
 FILES = {"slerp": GRADIENT_SLERP, "ties": TIES, "dare_ties": DARE_TIES, "passthrough": FRANKENMERGE, "linear": LINEAR}
 
