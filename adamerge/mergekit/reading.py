@@ -39,6 +39,9 @@ def read(path: str | Path, seed: int = 0) -> Job:
     adapters = {model: folder for model in files if (folder := _adapter(model)) is not None}
     states = {model: _open(where, adapters.get(model)) for model, where in files.items()}
     slices = settings.slices[0].sources[0].layers is not None
+    home = settings.slices[0].base or settings.slices[0].sources[0].model
+    if slices:
+        states = {model: _with_heads_of(home, model, states, files) for model in states}
     outputs = stacked(settings, states) if slices else whole(settings, states)
     task_vectors = _task_vectors(outputs, states, files)
     resolved = {
@@ -46,7 +49,6 @@ def read(path: str | Path, seed: int = 0) -> Job:
         for output in outputs
         if meta(states[output.cast.base.model], output.base).is_floating_point()
     }
-    home = settings.slices[0].base or settings.slices[0].sources[0].model
     companions, said = tokenizer(settings.tokenizer, home, files, _locate)
     base = states[outputs[0].cast.base.model]
     notes = settings.notes + settings.how.notes + _differences(settings, outputs[0], base) + said
@@ -109,6 +111,12 @@ def _open(where: Path, adapter: Path | None) -> State:
         state = Adapted(state, adapter, factored=False)
     kept = {name: name for name in state if not _DERIVED.search(name)}
     return state if len(kept) == len(state) else Renamed(state, kept)
+
+
+def _with_heads_of(home: str, model: str, states: Mapping[str, State], files: Mapping[str, Path]) -> State:
+    """A model with its tied head where `home` holds its own, and without where it does not."""
+    fitted = as_tied({BASE: states[home], "other": states[model]}, {BASE: files[home], "other": files[model]})
+    return fitted["other"]
 
 
 def _task_vectors(outputs: list[Output], states: Mapping[str, State], files: Mapping[str, Path]) -> TaskVectors:
