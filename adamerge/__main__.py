@@ -66,9 +66,10 @@ def parser() -> ArgumentParser:
 def merge(recipe: Path, output: Path | None, dry_run: bool) -> None:
     """Merge as a recipe says."""
     # torch takes seconds to import, which --help can do without.
+    from adamerge.files import expanded
     from adamerge.recipes import read
 
-    carry_out(lambda: read(recipe.expanduser()), output, dry_run)
+    carry_out(lambda: read(expanded(recipe)), output, dry_run)
 
 
 def fold(
@@ -92,13 +93,14 @@ def carry_out(read: Callable[[], "Job"], output: Path | None, dry_run: bool) -> 
     from rich.console import Console
 
     from adamerge.errors import InputError
+    from adamerge.files import expanded
     from adamerge.preflight import report
     from adamerge.running import run
 
     console = Console(stderr=True)
     with _told():
         job = read()
-        output = output and output.expanduser()
+        output = output and expanded(output)
         if output is None and not dry_run:
             raise InputError("name the folder to write: --output merged/")
         console.print(report(job, output))
@@ -111,34 +113,37 @@ def compress(recipe: Path, output: Path) -> None:
     from rich.filesize import decimal
 
     from adamerge import packing
+    from adamerge.files import expanded
     from adamerge.recipes import read
 
     with _told():
-        path = packing.compress(read(recipe.expanduser()), output.expanduser())
+        path = packing.compress(read(expanded(recipe)), expanded(output))
         _say(f"written to {path}: {decimal(path.stat().st_size)}")
 
 
 def expand(compressed: Path, task: str, base: str, output: Path) -> None:
     """Write one of them as a folder."""
     from adamerge import packing
+    from adamerge.files import expanded
 
     with _told():
-        _say(f"written into {packing.expand(compressed.expanduser(), task, base, output.expanduser())}")
+        _say(f"written into {packing.expand(expanded(compressed), task, base, expanded(output))}")
 
 
 def inspect(recipe: Path, output: Path | None, matrices: int) -> None:
     """Look into the experts of a recipe, and say what is found."""
     from rich.console import Console
 
+    from adamerge.files import expanded
     from adamerge.inspecting import report
     from adamerge.recipes import read
 
     console = Console(stderr=True)
     with _told():
-        found = report.inspect(read(recipe.expanduser()), matrices, console)
+        found = report.inspect(read(expanded(recipe)), matrices, console)
         Console().print(report.show(found))
         if output is not None:
-            report.write(found, output.expanduser())
+            report.write(found, expanded(output))
             _say(f"written into {output}")
 
 

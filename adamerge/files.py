@@ -126,8 +126,16 @@ def json_file(path: Path) -> Any:
 def cache_folder() -> Path:
     """Where things made once are kept: `ADAMERGE_CACHE`, else `adamerge` in the user's cache folder; may not exist."""
     if own := os.environ.get("ADAMERGE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "adamerge"
+        return expanded(own)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "adamerge"
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in the place of `~` or `~user`; raises InputError for a user that there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no home folder for {Path(path).parts[0]}: write the path out") from error
 
 
 def exists(path: Path) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
-from adamerge.files import json_file
+from adamerge.files import expanded, json_file
 from adamerge.recipes import Job, Recipe, job, locate
 from adamerge.running import RECORD
 
@@ -26,7 +26,7 @@ def fold_job(
     Raises:
         InputError: where the record does not say what is left out, and for models that do not fit together.
     """
-    known, exclude = _recorded(Path(merged).expanduser())
+    known, exclude = _recorded(expanded(merged))
     given = {"rule": rule, "count": count, "scale": scale}
     arguments = known | {key: value for key, value in given.items() if value is not None}
     if missing := [f"--{key}" for key in given if key not in arguments]:

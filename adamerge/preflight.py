@@ -23,6 +23,7 @@ from adamerge.recipes import Job
 from adamerge.rules.base import Changes, Correction, PerTensor, Rule
 from adamerge.running import check_output, outcome
 from adamerge.scales import matching, per_tensor
+from adamerge.statistics import Informed
 from adamerge.threads import WORKERS
 
 #: What Python, torch and the libraries take by themselves, with samples and counters of thresholds, about.
@@ -58,8 +59,12 @@ def passes(job: Job) -> int:
 
 
 def _fit_what_reads_nothing(job: Job, merged: list[str]) -> None:
-    """Raise now what steps would raise that look at names and experts alone."""
+    """Raise now what steps would raise that look at names, shapes and experts alone, and at what they are given."""
     vectors = job.task_vectors
+    for step in job.rules:
+        if isinstance(step, Informed):
+            step.check(vectors.tasks)
+            step.examine(vectors, weights=False)
     vectors = vectors.without(set(vectors.deltas) - set(merged))
     changes = Changes(tuple(merged), vectors.tasks, lambda: iter(()))
     for step in job.rules:

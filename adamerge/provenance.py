@@ -35,11 +35,17 @@ def signature(weight: Tensor) -> float:
 
 @torch.no_grad()
 def examine(
-    statistics: "Statistics", measures: Sequence[Measure], task_vectors: TaskVectors, of_base: bool, owner: str
+    statistics: "Statistics",
+    measures: Sequence[Measure],
+    task_vectors: TaskVectors,
+    of_base: bool,
+    owner: str,
+    weights: bool = True,
 ) -> None:
     """Raise InputError for statistics of another model or of other weights than these; `owner` is the rule's name.
 
-    Weights are compared where the statistics know whose they are (`Observation.signatures`).
+    Weights are compared where the statistics know whose they are (`Observation.signatures`), and not at all where
+    `weights` is False: names and shapes alone are looked at then.
     """
     likes = {name: meta(task_vectors.base, name) for name in task_vectors.deltas}
     names = [name for name, like in likes.items() if kind(name, like) == "parameter"]
@@ -56,7 +62,8 @@ def examine(
                 )
             for name in measured:
                 _check_shape(observation, measure, name, likes[name].shape, task)
-    _check_weights(statistics, names, task_vectors, of_base, owner)
+    if weights:
+        _check_weights(statistics, names, task_vectors, of_base, owner)
 
 
 def _first(observation: Observation, measure: Measure) -> str:

@@ -11,7 +11,7 @@ import yaml
 from adamerge.adapters import is_adapter, open_expert
 from adamerge.checkpoints import hub_folder, open_state
 from adamerge.errors import InputError
-from adamerge.files import exists
+from adamerge.files import exists, expanded
 from adamerge.fingerprint import BASE
 from adamerge.merge import Step
 from adamerge.plain_files import guard_yaml
@@ -175,7 +175,7 @@ def job(recipe: Recipe, folder: Path) -> Job:
 
 def locate(where: str, folder: Path) -> Path:
     """A path relative to a folder, or else the local copy of a Hub model."""
-    path = folder / Path(where).expanduser()
+    path = folder / expanded(where)
     hub = where.count("/") == 1 and not exists(path.parent) and not path.suffix
     return hub_folder(where) if hub else path
 

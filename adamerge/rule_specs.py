@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from adamerge import rules
 from adamerge.errors import InputError
+from adamerge.files import expanded
 from adamerge.merge import Step
 from adamerge.plain_files import check_classes
 from adamerge.rules import Correction, Rule, Transform
@@ -50,7 +51,7 @@ def _placed(cls: type[Any], arguments: Mapping[str, Any], folder: Path | None) -
     hints = get_type_hints(cls.__init__) if folder is not None else {}
     places = {key: value for key, value in arguments.items() if isinstance(value, str) and value}
     return {
-        key: str(folder / Path(value).expanduser())
+        key: str(folder / expanded(value))
         for key, value in places.items()
         if folder is not None and Path in get_args(hints.get(key))
     }

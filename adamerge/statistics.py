@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adamerge.batches import Logits, Targets, output_logits
 from adamerge.checkpoints import open_state
 from adamerge.errors import InputError
-from adamerge.files import cache_folder, replacing
+from adamerge.files import cache_folder, expanded, replacing
 from adamerge.fingerprint import BASE, fingerprint
 from adamerge.observing import Measure, Observation, observe
 from adamerge.provenance import examine, signature
@@ -47,7 +47,7 @@ class Statistics:
         """Those of a folder that `save` wrote, or the argument itself. Raises InputError for another folder."""
         if isinstance(where, Statistics):
             return where
-        files = sorted(Path(where).expanduser().glob("*.safetensors"))
+        files = sorted(expanded(where).glob("*.safetensors"))
         if not files:
             raise InputError(f"{where} holds no statistics: give the folder that Statistics.save or collect wrote")
         return cls({unquote(file.stem): read_observation(file) for file in files})
@@ -55,7 +55,7 @@ class Statistics:
     def save(self, folder: str | Path) -> None:
         """Write one file for each expert."""
         for task, observation in self.observations.items():
-            write_observation(observation, Path(folder).expanduser() / f"{quote(task, safe=' ')}.safetensors")
+            write_observation(observation, expanded(folder) / f"{quote(task, safe=' ')}.safetensors")
 
     def find(self, measure: Measure, task: str, name: str) -> Tensor | None:
         """One statistic of one parameter of an expert; None where nothing was measured."""
@@ -115,13 +115,14 @@ class Informed:
         """Raise InputError for experts of which something was not measured."""
         self.opened().check(self.measures, (BASE,) if self.of_base else tasks, type(self).__name__)
 
-    def examine(self, task_vectors: TaskVectors) -> None:
+    def examine(self, task_vectors: TaskVectors, weights: bool = True) -> None:
         """Raise InputError for statistics of another model, or of other weights than these experts have.
 
         Args:
             task_vectors: before any transform.
+            weights: False to read no weights, and to look at names and shapes alone.
         """
-        examine(self.opened(), self.measures, task_vectors, self.of_base, type(self).__name__)
+        examine(self.opened(), self.measures, task_vectors, self.of_base, type(self).__name__, weights)
 
     def opened(self) -> Statistics:
         """The statistics; raises InputError where there are none."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from adamerge import InputError
 from adamerge.data.decoding import decode
 from adamerge.data.folders import SUFFIXES
+from adamerge.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Folder(Files):
         super().__init__(on_bad_image)
         if watch is not None and watch <= 0:
             raise InputError(f"watch is the seconds between two looks, not {watch}")
-        self.path, self.watch, self.patience = Path(path).expanduser(), watch, patience
+        self.path, self.watch, self.patience = expanded(path), watch, patience
 
     def __iter__(self) -> Iterator[Item]:
         if not self.path.is_dir():

@@ -16,6 +16,7 @@ from adamerge.data.base import SPLITS, DataSource, Images, Split
 from adamerge.data.decoding import reason
 from adamerge.data.preprocess import Pixels, Preprocess
 from adamerge.errors import InputError
+from adamerge.files import expanded
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +55,7 @@ class Npz(DataSource):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self._splits: dict[Split, tuple[Array, Array]] = {}
 
     @property

@@ -14,6 +14,7 @@ from adamerge.data.base import SPLITS, DataSource, Images, Split, class_differen
 from adamerge.data.decoding import decode, undecodable
 from adamerge.data.preprocess import Preprocess
 from adamerge.errors import InputError
+from adamerge.files import expanded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +62,7 @@ class ImageFolders(DataSource):
         if on_bad_image not in ("stop", "skip"):
             raise InputError(f"on_bad_image is 'stop' or 'skip', got {on_bad_image!r}")
         given: dict[Split, str | Path | None] = {"train": train, "test": test}
-        self.folders = {split: Path(folder).expanduser() for split, folder in given.items() if folder is not None}
+        self.folders = {split: expanded(folder) for split, folder in given.items() if folder is not None}
         self.on_bad_image = on_bad_image
 
     @property

@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub, or folders in one of its formats."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from adamerge.data.decoding import reason
 from adamerge.data.preprocess import Preprocess
 from adamerge.errors import InputError
 from adamerge.fetching import persistently
+from adamerge.files import expanded
 
 
 class HubImages(Images):
@@ -104,7 +104,7 @@ class HubData(DataSource):
     def _load(self, split: Split) -> Any:
         import datasets
 
-        folder, name = Path(self.path).expanduser(), self._split_names[split]
+        folder, name = expanded(self.path), self._split_names[split]
         try:
             if not any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
                 where = str(folder) if folder.exists() else self.path

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from adamerge.deltas import dense
-from adamerge.mergekit import masks
+from adamerge.mergekit import differences, masks
 from adamerge.rules.base import Stack, WeightRule, each_expert
 from adamerge.rules.random import generator
 from adamerge.rules.sce import Sce
-from adamerge.rules.sphere import Grain, karcher, nuslerp, slerp
+from adamerge.rules.sphere import Grain, karcher, multislerp, nuslerp, slerp
 from adamerge.rules.stock import model_stock
 
 
@@ -176,6 +176,15 @@ def _nuslerp(stack: Stack, resolved: Resolved) -> Tensor:
     return nuslerp(start, end, t, per)
 
 
+def _multislerp(stack: Stack, resolved: Resolved) -> Tensor:
+    weights = [own["weight"] for own in resolved.own]
+    if resolved.shared["normalize_weights"]:
+        weights = [weight / sum(weights) for weight in weights]
+    if resolved.based:
+        return stack.base + multislerp(stack.deltas, weights, stack.name)
+    return multislerp(stack.experts, weights, stack.name)
+
+
 def _karcher(stack: Stack, resolved: Resolved) -> Tensor:
     return karcher(stack.experts, int(resolved.shared["max_iter"]), resolved.shared["tol"], stack.name)
 
@@ -189,58 +198,48 @@ def _sce(stack: Stack, resolved: Resolved) -> Tensor:
     return stack.base + Sce(keep).combine(stack, None) if keep > 0 else stack.base
 
 
-_KEYED = (
-    "random masks are drawn for (seed, model, tensor): mergekit's depend on the order in which tensors are read, so "
-    "other entries are dropped"
-)
-_FEW = "a model keeps at least one entry of every tensor: mergekit stops where density · entries is below 1"
-#: For methods that elect signs and divide by negative weights.
-NEGATIVE = (
-    "negative weights count by their magnitude in the divisor: mergekit divides by their sum, which undoes the sign of "
-    "entries that they alone have kept"
-)
-_COLUMN = "the only entry of a row is kept with the chance `density`: mergekit makes NaN of tensors with one column"
-_SMALL = "of a tensor with fewer than 1/gamma entries nothing is an outlier: mergekit drops its whole change"
-_ZERO = "tensors that are zero in one of the models are interpolated on a line: mergekit takes them for perpendicular"
-
 METHODS: Mapping[str, Method] = {
     "linear": Method(_linear, {"normalize": True}, {"weight": None}, "unused", (1, math.inf), elementwise=True),
     "task_arithmetic": _task_vectors(),
-    "ties": _task_vectors(masks.magnitude, elect=True, normalize=True, notes=[_FEW]),
-    "dare_linear": _task_vectors(masks.random, rescale=True, notes=[_KEYED]),
-    "dare_ties": _task_vectors(masks.random, elect=True, rescale=True, notes=[_KEYED]),
+    "ties": _task_vectors(masks.magnitude, elect=True, normalize=True, notes=[differences.EQUAL]),
+    "dare_linear": _task_vectors(masks.random, rescale=True, notes=[differences.KEYED]),
+    "dare_ties": _task_vectors(masks.random, elect=True, rescale=True, notes=[differences.KEYED]),
     "della": _task_vectors(
-        masks.ranked, elect=True, normalize=True, rescale=True, epsilon=0.15, notes=[_KEYED, _COLUMN]
+        masks.ranked,
+        elect=True,
+        normalize=True,
+        rescale=True,
+        epsilon=0.15,
+        notes=[differences.KEYED, differences.COLUMN],
     ),
-    "della_linear": _task_vectors(masks.ranked, rescale=True, epsilon=0.15, notes=[_KEYED, _COLUMN]),
-    "breadcrumbs": _task_vectors(masks.outliers, gamma=0.01, notes=[_SMALL]),
-    "breadcrumbs_ties": _task_vectors(masks.outliers, elect=True, gamma=0.01, notes=[_SMALL]),
-    "slerp": Method(_slerp, {"t": None}, models=(1, 1), notes=(_ZERO,)),
+    "della_linear": _task_vectors(
+        masks.ranked, rescale=True, epsilon=0.15, notes=[differences.KEYED, differences.COLUMN]
+    ),
+    "breadcrumbs": _task_vectors(masks.outliers, gamma=0.01, notes=[differences.EQUAL]),
+    "breadcrumbs_ties": _task_vectors(masks.outliers, elect=True, gamma=0.01, notes=[differences.EQUAL]),
+    "slerp": Method(_slerp, {"t": None}, models=(1, 1), notes=(differences.ZERO,)),
     "nuslerp": Method(
         _nuslerp,
         {"nuslerp_flatten": True, "nuslerp_row_wise": False},
         {"weight": None},
         "possible",
         (2, 2),
-        notes=(_ZERO,),
+        notes=(differences.ZERO,),
+    ),
+    "multislerp": Method(
+        _multislerp, {"normalize_weights": True, "eps": 1e-8}, {"weight": None}, "possible", (1, math.inf)
     ),
     "model_stock": Method(
         _model_stock,
         {"filter_wise": False},
         models=(2, math.inf),
-        notes=(
-            "the merge lies between the base and the mean of the models, and small task vectors have exact cosines: "
-            "mergekit leaves that line where cosines are negative, and divides by no less than 1e-6",
-        ),
+        notes=(differences.LINE,),
     ),
     "karcher": Method(_karcher, {"max_iter": 10, "tol": 1e-5}, {}, "unused", (1, math.inf)),
     "sce": Method(
         _sce,
         {"select_topk": 1.0},
-        notes=(
-            "models weigh by their energy however small it is: mergekit weighs them equally where mean squares sum to "
-            "less than 1e-6",
-        ),
+        notes=(differences.ENERGY, differences.SELECTED),
     ),
     "passthrough": Method(_passthrough, {}, {"scale": 1.0}, "unused", (1, 1), elementwise=True),
 }

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import get_loader
 
 from adamerge.errors import InputError
-from adamerge.files import exists
+from adamerge.files import exists, expanded
 from adamerge.mergekit.methods import METHODS
 from adamerge.mergekit.settings import Condition, Parameters, Setting, Settings, Slice, Source
 from adamerge.plain_files import guard_yaml
@@ -18,6 +18,12 @@ _KEYS = {
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template",
 }  # fmt: skip
+#: Keys that users write and mergekit has no use for.
+_UNUSED = {"name", "random_seed"}
+_IDLE = {
+    "int8_mask": "masks take one byte per entry anyway",
+    "eps": "tensors are divided by their own lengths, and those of length 0 have no direction",
+}
 _REFUSED = {
     "modules": "models of several towers are merged whole here: list them under `models`",
     "experts": "mixtures of experts are not built here",
@@ -58,7 +64,8 @@ class _Parser:
         for key, why in _REFUSED.items():
             if isinstance(loaded, Mapping) and key in loaded:
                 raise self.error(f"`{key}` is not supported: {why}")
-        file = self.mapping(loaded, "", _KEYS)
+        file = self.mapping(loaded, "", _KEYS | _UNUSED)
+        self.notes += [f"{key} has no effect, as in mergekit" for key in file if key in _UNUSED]
         self.method = file.get("merge_method", "")
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise self.error(f"merge_method {self.method!r} is not supported{_nearest(self.method, METHODS)}")
@@ -104,16 +111,16 @@ class _Parser:
 
     def layers(self, loaded: Any, where: str) -> tuple[int, int]:
         whole = isinstance(loaded, list) and len(loaded) == 2 and all(type(number) is int for number in loaded)
-        if not whole or not 0 <= loaded[0] < loaded[1]:
-            raise self.error(f"{where}.layer_range: expected [start, stop] with 0 <= start < stop, got {loaded}")
+        if not whole or not 0 <= loaded[0] <= loaded[1]:
+            raise self.error(f"{where}.layer_range: expected [start, stop] with 0 <= start <= stop, got {loaded}")
         return loaded[0], loaded[1]
 
     def parameters(self, loaded: Any, where: str, heard: set[str]) -> Parameters:
         found = self.mapping(loaded or {}, where, _SHARED | _OWN)
         how, kept = METHODS[self.method], {}
         for name, value in found.items():
-            if name == "int8_mask":
-                self.notes.append("int8_mask has no effect: masks take one byte per entry anyway")
+            if name in _IDLE:
+                self.notes.append(f"{name} has no effect: {_IDLE[name]}")
             elif name not in {*how.shared, *how.own}:
                 self.notes.append(f"{name} has no effect: {self.method} does not use it")
             elif name not in heard:
@@ -153,7 +160,7 @@ class _Parser:
     def model(self, loaded: Any, where: str) -> str:
         if not isinstance(loaded, str) or not loaded:
             raise self.error(f"{where}: expected a folder or Hub id as the model, got {loaded!r}")
-        if not exists(Path(loaded)):
+        if not exists(expanded(loaded)):
             if "" in (parts := loaded.split("+")) or len(parts) > 2:
                 raise self.error(f"{where}: {loaded!r} is no model+adapter: expected one adapter after the model")
             if "@" in loaded:
@@ -164,8 +171,6 @@ class _Parser:
         for key in ("dtype", "out_dtype"):
             if (name := file.get(key)) is not None and (not isinstance(name, str) or name not in _DTYPES):
                 raise self.error(f"{key} {name!r} is not supported{_nearest(name, _DTYPES)}")
-        if file.get("dtype") in ("float16", "bfloat16"):
-            self.notes.append(f"computed in float32 and rounded once, where mergekit computes in {file['dtype']}")
         name = file.get("out_dtype") or file.get("dtype")
         return _DTYPES[name] if name else None
 

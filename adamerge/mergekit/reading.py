@@ -7,10 +7,11 @@ from pathlib import Path
 from adamerge.adapters import Adapted, is_adapter
 from adamerge.checkpoints import Renamed, State, hub_folder, meta, open_state
 from adamerge.errors import InputError
-from adamerge.files import exists
+from adamerge.files import exists, expanded
 from adamerge.fingerprint import BASE
 from adamerge.mergekit.companions import changes, tokenizer
-from adamerge.mergekit.methods import NEGATIVE, Mergekit, Resolved
+from adamerge.mergekit.differences import NEGATIVE
+from adamerge.mergekit.methods import Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
 from adamerge.mergekit.settings import Settings, Source
 from adamerge.mergekit.stacking import Assembled, Output, layers, stacked, whole
@@ -39,6 +40,9 @@ def read(path: str | Path, seed: int = 0) -> Job:
     adapters = {model: folder for model in files if (folder := _adapter(model)) is not None}
     states = {model: _open(where, adapters.get(model)) for model, where in files.items()}
     slices = settings.slices[0].sources[0].layers is not None
+    home = settings.slices[0].base or settings.slices[0].sources[0].model
+    if slices:
+        states = {model: _with_heads_of(home, model, states, files) for model in states}
     outputs = stacked(settings, states) if slices else whole(settings, states)
     task_vectors = _task_vectors(outputs, states, files)
     resolved = {
@@ -46,9 +50,9 @@ def read(path: str | Path, seed: int = 0) -> Job:
         for output in outputs
         if meta(states[output.cast.base.model], output.base).is_floating_point()
     }
-    home = settings.slices[0].base or settings.slices[0].sources[0].model
     companions, said = tokenizer(settings.tokenizer, home, files, _locate)
-    notes = settings.notes + settings.how.notes + said
+    base = states[outputs[0].cast.base.model]
+    notes = settings.notes + settings.how.notes + _differences(settings, outputs[0], base) + said
     divided = [numbers.own for numbers in resolved.values() if settings.how.elects and numbers.shared["normalize"]]
     if any(own["weight"] < 0 for models in divided for own in models):
         notes += (NEGATIVE,)
@@ -64,9 +68,24 @@ def read(path: str | Path, seed: int = 0) -> Job:
     )
 
 
+def _differences(settings: Settings, output: Output, base: State) -> tuple[str, ...]:
+    """Notes on precision, and on what mergekit leaves out; `output` is any tensor."""
+    notes = []
+    own = str(meta(base, output.base).dtype).removeprefix("torch.")
+    if (dtype := settings.file.get("dtype") or own) in ("float16", "bfloat16"):
+        notes.append(f"computed in float32 and rounded once, where mergekit computes in {dtype}")
+    first, last = (len(settings.slices[place].sources) for place in (0, -1))
+    if first < last:
+        notes.append(
+            f"what follows the layers is merged from all {last} sources of the last slice: mergekit takes as many of "
+            f"them as the first slice has, {first}"
+        )
+    return tuple(notes)
+
+
 def _locate(model: str) -> Path:
     """Where a model is, without the adapter of `model+adapter`; a Hub id is downloaded."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if exists(path):
         return path
     if "+" in model:
@@ -78,7 +97,7 @@ def _locate(model: str) -> Path:
 
 def _adapter(model: str) -> Path | None:
     """Where the adapter of `model+adapter` is."""
-    if exists(Path(model).expanduser()) or "+" not in model:
+    if exists(expanded(model)) or "+" not in model:
         return None
     folder = _locate(model.partition("+")[2])
     if not is_adapter(folder):
@@ -93,6 +112,12 @@ def _open(where: Path, adapter: Path | None) -> State:
         state = Adapted(state, adapter, factored=False)
     kept = {name: name for name in state if not _DERIVED.search(name)}
     return state if len(kept) == len(state) else Renamed(state, kept)
+
+
+def _with_heads_of(home: str, model: str, states: Mapping[str, State], files: Mapping[str, Path]) -> State:
+    """A model with its tied head where `home` holds its own, and without where it does not."""
+    fitted = as_tied({BASE: states[home], "other": states[model]}, {BASE: files[home], "other": files[model]})
+    return fitted["other"]
 
 
 def _task_vectors(outputs: list[Output], states: Mapping[str, State], files: Mapping[str, Path]) -> TaskVectors:
@@ -128,6 +153,8 @@ def _resolve(settings: Settings, output: Output, seed: int) -> Resolved:
         value = settings.value(parameter, name, output.t, output.slice, source)
         if value is None and default is None and experts:
             whose = f"{source.model} has" if source else f"{settings.method} has"
+            if source and source.model == output.slice.base:
+                whose = f"{source.model}, the base_model, is one of the models that {settings.method} merges, and has"
             raise InputError(
                 f"{whose} no `{parameter}` for {name}: give one in `parameters`; of several conditions, the last needs "
                 "no filter"
@@ -159,5 +186,6 @@ def _check(method: str, name: str, resolved: Resolved) -> None:
         if not 0 <= own.get("gamma", 0.0) < 1:
             raise InputError(f"{model}, {name}: expected 0 <= gamma < 1, got {own['gamma']:g}")
     total = sum(own.get("weight", 1.0) for own in resolved.own)
-    if method == "linear" and resolved.shared["normalize"] and resolved.models and abs(total) < 1e-8:
-        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `normalize: false`")
+    normalize = {"linear": "normalize", "multislerp": "normalize_weights"}.get(method)
+    if normalize and resolved.shared[normalize] and resolved.models and abs(total) < 1e-8:
+        raise InputError(f"{name}: the weights sum to 0 and cannot be normalised; set `{normalize}: false`")

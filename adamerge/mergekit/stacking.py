@@ -37,7 +37,8 @@ class Output:
         name: in the merge.
         slice: that it is in.
         cast: of the slice.
-        t: its place in the slice, from 0 for the first layer and what lies before it to 1 for the last.
+        t: its place in the slice, from 0 for the first layer to 1 for the last; 0 too for what lies outside the layers,
+            head and final norm included, as in mergekit.
         base: its name in the base.
         experts: its name in each of the experts.
     """
@@ -83,6 +84,10 @@ class Assembled(Mapping[str, Tensor]):
 def cast(settings: Settings, part: Slice) -> Cast:
     """Tell base and experts apart; raises InputError for a model listed twice and for too few or too many."""
     how, sources = settings.how, part.sources
+    if how.base == "unused" and part.base is not None and all(source.layers is None for source in sources):
+        # mergekit counts a base model that is not listed among the models; of slices, it takes what they list.
+        listed = any(source.model == part.base for source in sources)
+        sources = sources if listed else (*sources, Source(part.base, None, {}))
     by_model = {source.model: source for source in sources}
     if len(by_model) < len(sources):
         raise InputError(f"a model is listed twice: {', '.join(source.model for source in sources)}")
@@ -105,7 +110,7 @@ def cast(settings: Settings, part: Slice) -> Cast:
     least, most = how.models
     if not least <= len(found.experts) <= most:
         count = str(least) if least == most else f"at least {least}"
-        beside = " besides the base_model" if found.based else ""
+        beside = " besides the base_model" if found.based else " with the base_model" if part.base else ""
         raise InputError(f"{settings.method} takes {count} models{beside}, got {len(found.experts)}")
     return found
 
@@ -122,7 +127,7 @@ def whole(settings: Settings, states: Mapping[str, State]) -> list[Output]:
     outputs = []
     for name in names:
         stack, index = places.get(name, ("", 0))
-        t = _t(index, last[stack] + 1) if name in places else float(role(name) in ("head", "final"))
+        t = _t(index, last[stack] + 1) if name in places else 0.0
         outputs.append(Output(name, part, who, t, name, (name,) * len(who.experts)))
     return outputs
 
@@ -196,7 +201,7 @@ def _outside(part: Slice, who: Cast, stacks: Mapping[str, _Layers], after: bool)
     names = chosen(who.base)
     for source in who.experts:
         _same(names, who, source, chosen(source))
-    return [Output(name, part, who, float(after), name, (name,) * len(who.experts)) for name in names]
+    return [Output(name, part, who, 0.0, name, (name,) * len(who.experts)) for name in names]
 
 
 def _same(names: Sequence[str], who: Cast, source: Source, own: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ class SensMerging(Informed, PerTensor[Mapping[str, list[float]]]):
     measures: ClassVar[tuple[Measure, ...]] = ("sensitivity", "agreement")
     labelled = True
     elementwise = True
+    passes = 0
 
     def __init__(self, statistics: Statistics | str | Path | None = None, temperature: float = 1.0) -> None:
         if not 0 < temperature < float("inf"):

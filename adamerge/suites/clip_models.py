@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints import hub_folder, meta, open_state
 from adamerge.errors import InputError
+from adamerge.files import expanded
 from adamerge.plain_files import read_json
 from adamerge.suites.zero_shot import Encode, TextModel, locate, text_model
 
@@ -171,7 +172,7 @@ def open_tower(
 
 def local_path(where: str, owner: str) -> Path:
     """A local file or folder, or the folder of a Hub id, downloaded if need be."""
-    path = Path(where).expanduser()
+    path = expanded(where)
     if path.exists():
         return path
     if _HUB_ID.fullmatch(where) and not path.parent.exists():

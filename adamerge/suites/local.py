@@ -9,6 +9,7 @@ from adamerge.checkpoints import State, meta, open_state, read_extra
 from adamerge.data import DataSource, Preprocess, check_data
 from adamerge.data.base import class_difference
 from adamerge.errors import InputError
+from adamerge.files import expanded
 from adamerge.suites.base import HeadWeights, Split, Suite
 from adamerge.task_vectors import TaskVectors
 
@@ -113,7 +114,7 @@ class Local(Suite):
 
 def _find(pool: str | None, stem: str) -> Path:
     """The one checkpoint of that name in the pool."""
-    folder = Path(pool or "").expanduser()
+    folder = expanded(pool or "")
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
     found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]

@@ -21,9 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adamerge import InputError, TaskVectors, differences, merge, running, writing
 from adamerge.__main__ import main
 from adamerge.files import locked
+from adamerge.observing import Observation
 from adamerge.preflight import report
 from adamerge.recipes import job, parse, read
 from adamerge.running import LOCK, RECORD, run
+from adamerge.statistics import Statistics
+from adamerge.tensor_files import SafetensorsState
 
 RECIPE = {
     "base": "base",
@@ -33,6 +36,7 @@ RECIPE = {
     "exclude": ["input_layernorm"],
     "shard_size": "20KB",
 }
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def quiet() -> Console:
@@ -336,6 +340,42 @@ def test_what_needs_no_weights_to_be_refused_is_refused_before_any_is_read(model
         report(recipe(models, rules=rules))
 
 
+@pytest.mark.parametrize(
+    ("rules", "measured", "words"),
+    [
+        (["Fisher"], {}, "Fisher needs the fisher of 'math', which was not measured"),
+        (["Fisher"], {"fisher/other": 1.0}, "the fisher of other tensors .* other was measured"),
+        (
+            ["Fisher"],
+            {f"fisher/{QUERY}": 1.0},
+            r"q_proj.weight: the fisher of .math. has shape \[\], expected \[32, 32\]",
+        ),
+        (["SensMerging", "Mean"], {"agreement/math": 1.0}, "SensMerging needs the sensitivity of 'math'"),
+        (["SensMerging", "Mean"], {f"sensitivity/{QUERY}": 1.0}, "SensMerging needs the agreement of 'math'"),
+        (
+            ["SensMerging", "Mean"],
+            {f"sensitivity/{QUERY}": 1.0, "agreement/math": 1.0},
+            "SensMerging needs the agreement of 'math' with all of math, code",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_before_weights_are_read(
+    models, tmp_path, monkeypatch, rules, measured, words
+):
+    found = Observation({key: torch.tensor(value) for key, value in measured.items()})
+    Statistics({"math": found, "code": found}).save(tmp_path)
+    asked = recipe(models, rules=[{rules[0]: {"statistics": str(tmp_path)}}, *rules[1:]])
+    read = SafetensorsState._read
+
+    def no_weights(self, name, *place):
+        assert "/" in name, f"{name} was read"
+        return read(self, name, *place)
+
+    monkeypatch.setattr(SafetensorsState, "_read", no_weights)
+    with pytest.raises(InputError, match=words):
+        report(asked)
+
+
 def test_a_merge_has_its_name_once_all_of_it_is_on_the_disk(models, tmp_path, monkeypatch):
     flushed, out, partial = [], tmp_path / "out", tmp_path / ".out.partial"
     monkeypatch.setattr(running, "flush", lambda path: flushed.append((path, out.exists())))
@@ -360,6 +400,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(models, tmp
         ("[", "recipe.yaml cannot be read as YAML"),
         ("{base: x, base: y}", "recipe.yaml cannot be read as YAML: the key 'base' is given twice, in lines 1 and 1"),
         (None, "cannot be read as YAML"),
+        (
+            "{base: ., experts: {a: ~nobody-at-all/x}}",
+            "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
+        ),
+        (
+            "{base: ., experts: {a: .}, rules: [{Fisher: {statistics: ~nobody-at-all/x}}]}",
+            "error: ~nobody-at-all/x: there is no home folder",
+        ),
     ],
 )
 def test_errors_are_a_sentence(command, tmp_path, text, words):
@@ -386,6 +434,11 @@ def test_paths_may_begin_at_home(command, models, tmp_path, monkeypatch):
     status, said = command("merge", "~/recipe.yaml", "--output", "~/merged")
     assert status == 0, said
     shutil.rmtree(models / "merged")  # fails where it is not
+    for arguments in (("~nobody-at-all/x",), (models / "recipe.yaml", "--output", "~nobody-at-all/x")):
+        assert command("merge", *arguments) == (
+            1,
+            "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
+        )
 
 
 def test_an_output_is_wanted(command, models):

@@ -129,6 +129,7 @@ merge_method: linear
 dtype: float32
 tokenizer_source: base
 base_model: org/base
+parameters: {weight: 0.2} # of the base
 """
 FILES = {"slerp": GRADIENT_SLERP, "ties": TIES, "dare_ties": DARE_TIES, "passthrough": FRANKENMERGE, "linear": LINEAR}
 
@@ -215,3 +216,13 @@ def test_a_model_may_hold_its_tied_head(hub, tmp_path, monkeypatch):
     text = "models: [{model: org/one}, {model: org/two}]\nmerge_method: task_arithmetic\nbase_model: org/base\n"
     (tmp_path / "merge.yml").write_text(text + "parameters: {weight: 0.5}")
     assert "lm_head.weight" not in read(tmp_path / "merge.yml").task_vectors.base
+    for first, second in (("one", "two"), ("two", "one")):
+        (tmp_path / "merge.yml").write_text(
+            f"slices:\n- sources: [{{model: org/{first}, layer_range: [0, 2]}}]\n"
+            f"- sources: [{{model: org/{second}, layer_range: [2, 4]}}]\nmerge_method: passthrough\n"
+        )
+        job = read(tmp_path / "merge.yml")
+        assert ("lm_head.weight" in job.task_vectors.base) == (first == "one")
+        if first == "one":  # which says that it is tied: the head of `two` is its embedding
+            head = dict(plan(job.task_vectors, job.rules))["lm_head.weight"]
+            assert torch.equal(head, load_file("org/two/model.safetensors")["model.embed_tokens.weight"])

@@ -273,6 +273,39 @@ parameters: {{nuslerp_flatten: false, nuslerp_row_wise: {str(row_wise).lower()}}
     close(run(text), expected)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("base", ["", "\nbase_model: zero"])
+def test_multislerp_is_the_mean_direction_at_the_mean_length(models, run, base, normalize):
+    weights = {"one": 0.5, "two": 1.0, "three": 0.25}
+    rows = ", ".join(f"{{model: {name}, parameters: {{weight: {weight}}}}}" for name, weight in weights.items())
+    text = f"models: [{rows}]\nmerge_method: multislerp\nparameters: {{normalize_weights: {str(normalize).lower()}}}"
+    merged = run(text + base)
+    for name, zero in models["zero"].items():
+        about = zero if base else torch.zeros_like(zero)
+        vectors = {model: (models[model][name] - about).flatten().tolist() for model in weights}
+        total = sum(weights.values()) if normalize else 1
+        shares = {model: weight / total for model, weight in weights.items()}
+        lengths = {model: math.hypot(*vector) for model, vector in vectors.items()}
+        mean = [
+            sum(shares[model] * vectors[model][i] / lengths[model] for model in weights) for i in range(zero.numel())
+        ]
+        length = sum(shares[model] * lengths[model] for model in weights)
+        expected = [value / math.hypot(*mean) * length for value in mean]
+        assert_close(merged[name] - about, torch.tensor(expected).double().view_as(zero), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_not_listed_is_one_of_the_models(models, run, method):
+    text = f"merge_method: {method}\nparameters: {{weight: 1}}\nmodels: [{{model: one}}, {{model: two}}"
+    with_base, listed = run(text + "]\nbase_model: zero"), run(text + ", {model: zero}]\nbase_model: zero")
+    without = run(text + "]")
+    assert all(torch.equal(listed[name], value) for name, value in with_base.items())
+    assert all(not torch.equal(without[name], value) for name, value in with_base.items())
+    if method == "linear":
+        mean = {name: sum(models[m][name] for m in ("zero", "one", "two")) / 3 for name in with_base}
+        close(with_base, mean)
+
+
 def test_karcher_of_two_is_halfway_along_the_arc(models, tmp_path, run, save):
     other = models["far"]
     merged = run("models: [{model: zero}, {model: far}]\nmerge_method: karcher\nparameters: {max_iter: 50, tol: 1e-12}")
@@ -357,7 +390,8 @@ parameters: {density: 0.5}
 @pytest.mark.parametrize("method", sorted(name for name, how in METHODS.items() if how.elementwise))
 def test_elementwise_methods_give_the_same_bits_in_pieces(models, job, monkeypatch, method):
     rows = "[{model: one}]" if METHODS[method].models[1] == 1 else "[{model: one}, {model: two}]"
-    found = job(f"models: {rows}\nmerge_method: {method}\nbase_model: zero\nparameters: {{weight: 0.3, scale: 0.7}}")
+    base = "base_model: zero" if METHODS[method].base == "needed" else ""
+    found = job(f"models: {rows}\nmerge_method: {method}\nparameters: {{weight: 0.3, scale: 0.7}}\n{base}")
     whole = dict(plan(found.task_vectors, found.rules))
     monkeypatch.setattr(differences, "PIECE", 4)
     state = plan(found.task_vectors, found.rules)

@@ -41,6 +41,7 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("merge_method: linear\nmodels: [{model: org/one@main}]", "names a revision"),
         ("merge_method: linear\nmodels: [{model: {path: one}}]", "expected a folder or Hub id"),
         ("merge_method: linear\nmodels: [{model: ./nowhere}]", "no such model: ./nowhere"),
+        ("merge_method: linear\nmodels: [{model: ~nobody-at-all/x}]", "~nobody-at-all/x: there is no home folder"),
         (f"merge_method: linear\nmodels: [{{model: {'y' * 300}}}]", "no such model: yyy"),
         (
             f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: {10**400}}}}}]",
@@ -54,7 +55,19 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
             ONE + "parameters: {weight: [{filter: mlp, value: 1}]}",
             "one has no `weight` for lm_head.weight: .* the last needs no filter",
         ),
-        (ONE + "parameters: {weight: 0}", "the weights sum to 0"),
+        (ONE + "parameters: {weight: 0}", "the weights sum to 0 .* set `normalize: false`"),
+        (
+            "merge_method: multislerp\nmodels: [{model: one}]\nparameters: {weight: 0}",
+            "the weights sum to 0 .* set `normalize_weights: false`",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\nbase_model: zero",
+            "zero, the base_model, is one of the models that linear merges, and has no `weight` for lm_head.weight",
+        ),
+        (
+            "merge_method: passthrough\nmodels: [{model: one}]\nbase_model: zero",
+            "passthrough takes 1 models with the base_model, got 2",
+        ),
         ("merge_method: slerp\nmodels: [{model: one}]\nbase_model: zero", "slerp has no `t` for lm_head.weight"),
         (
             "merge_method: slerp\nmodels: [{model: one}, {model: two}]\nbase_model: zero",
@@ -75,7 +88,7 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
             "expected 0 <= gamma < 1, got 1",
         ),
         ("merge_method: linear\nslices: [{sources: [{model: one}]}]", r"layer_range: expected \[start, stop\]"),
-        ("merge_method: linear\nslices: [{sources: [{model: one, layer_range: [3, 3]}]}]", r"got \[3, 3\]"),
+        ("merge_method: linear\nslices: [{sources: [{model: one, layer_range: [3, 2]}]}]", r"got \[3, 2\]"),
         (
             "merge_method: passthrough\nslices: [{sources: [{model: one, layer_range: [0, 6]}]}]",
             "one has 5 layers: there is no layer 5",
@@ -118,15 +131,26 @@ base_model: zero
 parameters: {weight: 1, int8_mask: true, t: 0.5}
 chat_template: auto
 dtype: bfloat16
+random_seed: 3
 """
     assert job(text).notes == (
+        "random_seed has no effect, as in mergekit",
         "density has no effect: linear does not use it",
         "normalize has no effect under models[0].parameters: it belongs to the `parameters` of the merge",
         "int8_mask has no effect: masks take one byte per entry anyway",
         "t has no effect: linear does not use it",
-        "computed in float32 and rounded once, where mergekit computes in bfloat16",
         "chat_template has no effect: the tokenizer keeps its own",
+        "computed in float32 and rounded once, where mergekit computes in bfloat16",
     )
+
+
+def test_the_precision_of_half_models_is_said(models, save, job):
+    said = "computed in float32 and rounded once, where mergekit computes in {}"
+    save("half", {name: value.half() for name, value in models["one"].items()})
+    text = "models: [{model: half}]\nmerge_method: karcher\n"
+    assert said.format("float16") in job(text).notes
+    assert said.format("bfloat16") in job(text + "dtype: bfloat16").notes
+    assert job(text + "dtype: float32\nout_dtype: float16").notes == ()
 
 
 @pytest.mark.parametrize(("method", "said"), [("dare_ties", "random masks"), ("sce", "energy"), ("slerp", "on a line")])
@@ -137,10 +161,8 @@ def test_differences_by_design_are_said(models, method, said, job):
     assert said in " ".join(found.notes)
 
 
-def test_the_base_takes_no_part_where_a_method_has_no_use_for_it(models, run, job):
+def test_config_and_tokenizer_are_those_of_the_base_if_one_is_named(models, job):
     text = "models: [{model: one}, {model: two}]\nmerge_method: linear\nparameters: {weight: 1}\n"
-    merged = run(text)
-    assert all(torch.equal(merged[name], value) for name, value in run(text + "base_model: zero").items())
     assert job(text).copy_from == Path("one")
     assert job(text + "base_model: zero").copy_from == Path("zero")
 

@@ -49,8 +49,7 @@ parameters: {{normalize: true}}
 def test_a_gradient_runs_over_the_layers(models, run):
     found = shares(run, LINEAR.format(one="[1, 0.5, 0]", two="[0, 0.5, 1]"), models)
     assert [found[Q.format(layer)] for layer in range(LAYERS)] == [0, 0.25, 0.5, 0.75, 1]
-    assert found[EMBED] == 0
-    assert found[NORM] == found[HEAD] == 1
+    assert found[EMBED] == found[NORM] == found[HEAD] == 0  # what is no layer has the first number
 
 
 def test_the_first_condition_that_fits_counts(models, run):
@@ -103,6 +102,7 @@ parameters: {weight: 1}
 """
     found = shares(run, text, models)
     assert [found[Q.format(layer)] for layer in range(LAYERS)] == pytest.approx([0, 0.5, 0, 1 / 3, 0.5])
+    assert found[EMBED] == found[NORM] == found[HEAD] == 0
 
 
 def test_a_filter_of_a_source_is_for_its_own_names(models, run):
@@ -140,6 +140,41 @@ def test_passthrough_stacks_layers(models, run):
     assert sorted(merged) == sorted(expected)
     assert all(torch.equal(value, expected[name].float()) for name, value in merged.items())
     assert {value.dtype for value in merged.values()} == {torch.float32}
+
+
+def test_a_slice_without_layers_says_whose_head_it_is(models, run):
+    """And norm: what follows the layers comes from the last slice."""
+    text = """
+slices:
+  - sources:
+      - {model: one, layer_range: [0, 5], parameters: {weight: 0.5}}
+      - {model: two, layer_range: [0, 5], parameters: {weight: 0.5}}
+  - sources: [{model: three, layer_range: [5, 5], parameters: {weight: 1}}]
+merge_method: linear
+"""
+    merged = run(text)
+    for name, value in merged.items():
+        mean = (models["one"][name] + models["two"][name]) / 2
+        assert_close(value, models["three"][name] if name in (HEAD, NORM) else mean, rtol=0, atol=1e-12)
+    assert merged.keys() == models["one"].keys()
+
+
+def test_the_head_is_merged_from_all_sources_of_the_last_slice(models, run, job):
+    text = """
+slices:
+  - sources: [{model: one, layer_range: [0, 2]}]
+  - sources:
+      - {model: one, layer_range: [2, 5], parameters: {weight: 0.25}}
+      - {model: two, layer_range: [2, 5], parameters: {weight: 0.75}}
+merge_method: linear
+parameters: {weight: 1}
+"""
+    found = shares(run, text, models)
+    assert (found[EMBED], found[NORM], found[HEAD]) == (0, 0.75, 0.75)
+    assert (
+        "all 2 sources of the last slice: mergekit takes as many of them as the first slice has, 1"
+        in job(text).notes[-1]
+    )
 
 
 def test_stacking_changes_the_config(models, tmp_path, job):
@@ -193,6 +228,16 @@ base_model: zero
         mean = (models["zero"][Q.format(layer + 1)] + models["one"][Q.format(layer + 1)]) / 2
         assert_close(merged[Q.format(layer)], mean, rtol=0, atol=1e-12)
     assert Q.format(2) not in merged
+
+
+def test_slices_take_no_base_that_they_do_not_list(models, run):
+    text = """
+slices: [{sources: [{model: one, layer_range: [0, 5]}, {model: two, layer_range: [0, 5]}]}]
+merge_method: linear
+parameters: {weight: 1}
+"""
+    merged = run(text)
+    assert all(torch.equal(merged[name], value) for name, value in run(text + "base_model: zero").items())
 
 
 def test_slices_of_the_same_layers_are_models(models, run, job):
