@@ -63,7 +63,12 @@ class LearningModule(ScoredModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rates = {part: {"lr": rate} for part, rate in self.learning_rates.items()}
         groups = self.learned_by_part().items()
-        return self.optimizer([{"params": parameters, **rates.get(part, {})} for part, parameters in groups])
+        try:
+            return self.optimizer([{"params": parameters, **rates.get(part, {})} for part, parameters in groups])
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"optimizer cannot be built: {error}; look at its init_args, and at learning_rates"
+            ) from error
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is learned, and a router, which begins at random."""

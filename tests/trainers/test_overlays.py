@@ -1,11 +1,14 @@
 """Overlays that are refused: one sentence that names the file, the key, what was expected and what was found."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from malformed import LAUGHS
 
+from adamerge import InputError
 from trainers.cli import main
 
 COEFFICIENTS = "model: {{init_args: {{coefficients: {{class_path: modules.Coefficients, init_args: {{{}}}}}}}}}"
@@ -132,3 +135,9 @@ def test_an_overlay_says_what_its_author_means():
     )
     main(["fit", "--config=overlay.yaml"])
     main(["fit", "--config={trainer: {max_steps: 3}}"])
+
+
+@pytest.mark.parametrize(("lr", "message"), [(-1.0, "Invalid learning rate: -1.0"), (None, "'NoneType'")])
+def test_an_optimizer_that_cannot_be_built(adapt, lr, message):
+    with pytest.raises(InputError, match=rf"optimizer cannot be built: .*{message}"):
+        adapt(steps=1, optimizer=partial(torch.optim.Adam, lr=lr))
