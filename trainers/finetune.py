@@ -19,6 +19,7 @@ from adamerge.data import DataSource, Preprocess, check_data
 from adamerge.suites import HeadWeights
 from modules import Head
 from trainers.augment import shift_and_flip
+from trainers.learning import optimizing
 from trainers.loaders import StepLoader, scoring_loaders, training_loader
 from trainers.progress import Progress
 from trainers.scoring import ScoredModule
@@ -84,7 +85,7 @@ class FineTune(ScoredModule):
         self.classes = dict(classes)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = optimizing(self.optimizer, [p for p in self.parameters() if p.requires_grad])
         schedule = partial(warmup_cosine, warmup=self.warmup, steps=self.trainer.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

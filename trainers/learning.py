@@ -1,6 +1,6 @@
 """A module of a few parts that may learn, all else being frozen."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -63,12 +63,9 @@ class LearningModule(ScoredModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rates = {part: {"lr": rate} for part, rate in self.learning_rates.items()}
         groups = self.learned_by_part().items()
-        try:
-            return self.optimizer([{"params": parameters, **rates.get(part, {})} for part, parameters in groups])
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"optimizer cannot be built: {error}; look at its init_args, and at learning_rates"
-            ) from error
+        return optimizing(
+            self.optimizer, [{"params": parameters, **rates.get(part, {})} for part, parameters in groups]
+        )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is learned, and a router, which begins at random."""
@@ -121,3 +118,11 @@ class LearningModule(ScoredModule):
             raise InputError(f"{checkpoint_path} was not written by a run of this project, or is damaged")
         check_classes(given)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
+
+
+def optimizing(build: OptimizerCallable, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimiser of these parameters, or groups of them; raises InputError where it cannot be built."""
+    try:
+        return build(parameters)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer cannot be built: {error}; look at its init_args, and at learning_rates") from error

@@ -10,6 +10,7 @@ from malformed import LAUGHS
 
 from adamerge import InputError
 from trainers.cli import main
+from trainers.finetune import FineTune
 
 COEFFICIENTS = "model: {{init_args: {{coefficients: {{class_path: modules.Coefficients, init_args: {{{}}}}}}}}}"
 SUITE = "model: {{init_args: {{suite: {}}}}}"
@@ -141,3 +142,9 @@ def test_an_overlay_says_what_its_author_means():
 def test_an_optimizer_that_cannot_be_built(adapt, lr, message):
     with pytest.raises(InputError, match=rf"optimizer cannot be built: .*{message}"):
         adapt(steps=1, optimizer=partial(torch.optim.Adam, lr=lr))
+
+
+def test_an_optimizer_of_fine_tuning_that_cannot_be_built():
+    module = FineTune(torch.nn.Linear(2, 2), optimizer=partial(torch.optim.Adam, lr=-1.0))
+    with pytest.raises(InputError, match=r"optimizer cannot be built: .*Invalid learning rate: -1.0"):
+        module.configure_optimizers()
