@@ -24,3 +24,7 @@ SELECTED = (
     "of every tensor at least one entry is selected, and all that vary as much as the last of them: mergekit selects "
     "exactly select_topk of those that vary, rounded down"
 )
+EXPERTS = (
+    "tensors of a mixture's experts are merged one by one, under the names that they have in the files: mergekit joins "
+    "those of a layer under the names of transformers, which its filters then see"
+)

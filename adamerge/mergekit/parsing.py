@@ -64,6 +64,8 @@ class _Parser:
         for key, why in _REFUSED.items():
             if isinstance(loaded, Mapping) and key in loaded:
                 raise self.error(f"`{key}` is not supported: {why}")
+        if isinstance(loaded, Mapping) and (lost := [key for key in loaded if key in _SHARED | _OWN]):
+            raise self.error(f"{lost[0]} belongs under `parameters`: mergekit does not see it where it is")
         file = self.mapping(loaded, "", _KEYS | _UNUSED)
         self.notes += [f"{key} has no effect, as in mergekit" for key in file if key in _UNUSED]
         self.method = file.get("merge_method", "")

@@ -10,7 +10,7 @@ from adamerge.errors import InputError
 from adamerge.files import exists, expanded
 from adamerge.fingerprint import BASE
 from adamerge.mergekit.companions import changes, tokenizer
-from adamerge.mergekit.differences import NEGATIVE
+from adamerge.mergekit.differences import EXPERTS, NEGATIVE
 from adamerge.mergekit.methods import Mergekit, Resolved
 from adamerge.mergekit.parsing import parse
 from adamerge.mergekit.settings import Settings, Source
@@ -21,6 +21,7 @@ from adamerge.views import as_tied
 
 #: Computed anew by every model that has it, and left out of most files.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def read(path: str | Path, seed: int = 0) -> Job:
@@ -52,7 +53,7 @@ def read(path: str | Path, seed: int = 0) -> Job:
     }
     companions, said = tokenizer(settings.tokenizer, home, files, _locate)
     base = states[outputs[0].cast.base.model]
-    notes = settings.notes + settings.how.notes + _differences(settings, outputs[0], base) + said
+    notes = settings.notes + settings.how.notes + _differences(settings, outputs, base) + said
     divided = [numbers.own for numbers in resolved.values() if settings.how.elects and numbers.shared["normalize"]]
     if any(own["weight"] < 0 for models in divided for own in models):
         notes += (NEGATIVE,)
@@ -68,10 +69,10 @@ def read(path: str | Path, seed: int = 0) -> Job:
     )
 
 
-def _differences(settings: Settings, output: Output, base: State) -> tuple[str, ...]:
-    """Notes on precision, and on what mergekit leaves out; `output` is any tensor."""
-    notes = []
-    own = str(meta(base, output.base).dtype).removeprefix("torch.")
+def _differences(settings: Settings, outputs: list[Output], base: State) -> tuple[str, ...]:
+    """Notes on precision, experts in a layer, and what mergekit leaves out; `base` is that of the first tensor."""
+    notes = [EXPERTS] if any(_EXPERT.search(output.base) for output in outputs) else []
+    own = str(meta(base, outputs[0].base).dtype).removeprefix("torch.")
     if (dtype := settings.file.get("dtype") or own) in ("float16", "bfloat16"):
         notes.append(f"computed in float32 and rounded once, where mergekit computes in {dtype}")
     first, last = (len(settings.slices[place].sources) for place in (0, -1))

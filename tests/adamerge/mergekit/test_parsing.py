@@ -27,6 +27,7 @@ ONE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("merge_method: ties\nmodels: [{model: one}]", "ties needs a `base_model`"),
         ("merge_method: linear\nmodels: [{modle: one}]", r"unknown key 'modle' in models\[0\]; did you mean 'model'"),
         ("merge_method: linear\nmodels: [{parameters: {}}]", r"models\[0\] names no `model`"),
+        (ONE + "normalize: false", "normalize belongs under `parameters`: mergekit does not see it"),
         (ONE + "parameters: {wieght: 1}", "'wieght' in parameters; .* 'weight'"),
         (ONE + "parameters: {weight: much}", "parameters.weight: expected a number"),
         (ONE + "parameters: {weight: .nan}", "expected a finite number"),
@@ -142,6 +143,13 @@ random_seed: 3
         "chat_template has no effect: the tokenizer keeps its own",
         "computed in float32 and rounded once, where mergekit computes in bfloat16",
     )
+
+
+def test_experts_in_a_layer_are_said_to_be_merged_one_by_one(models, save, job):
+    text = "merge_method: karcher\nmodels: [{model: one}"
+    assert job(text + "]").notes == ()
+    save("mixture", {name.replace("up_proj", "experts.0.w1"): value for name, value in models["one"].items()})
+    assert "mixture's experts are merged one by one" in job(text.replace("one", "mixture") + "]").notes[0]
 
 
 def test_the_precision_of_half_models_is_said(models, save, job):
