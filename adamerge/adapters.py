@@ -18,7 +18,7 @@ from torch import Tensor
 from adamerge.checkpoints import Factors, local, meta, open_state, rows_of
 from adamerge.deltas import AnyDeltas, LowRank
 from adamerge.errors import InputError
-from adamerge.files import json_file
+from adamerge.files import exists, json_file
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -52,7 +52,7 @@ class _Pair:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter instead of a model."""
-    return (folder / CONFIG).is_file()
+    return exists(folder / CONFIG)
 
 
 def open_expert(where: str | Path, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.fetching import persistently
+from adamerge.files import exists
 from adamerge.plain_files import read_json
 from adamerge.tensor_files import SafetensorsState, names_in
 
@@ -129,14 +130,15 @@ def local(where: str | Path) -> Path:
     """The file or folder itself, or the local copy of a Hub model; it need not exist."""
     path = Path(where)
     named = isinstance(where, str) and _HUB_ID.match(where) and path.suffix not in _SUFFIXES
-    return hub_folder(str(where)) if named and not path.exists() and not path.parent.exists() else path
+    return hub_folder(str(where)) if named and not exists(path) and not exists(path.parent) else path
 
 
 def _open(where: str | Path) -> Mapping[str, Tensor]:
     path = local(where)
-    if path.is_dir():
+    there = exists(path)
+    if there and path.is_dir():
         return _open_folder(path)
-    if path.is_file():
+    if there and path.is_file():
         if path.suffix == ".safetensors":
             return SafetensorsState(dict.fromkeys(names_in(path), path))
         if path.suffix in _TORCH_SUFFIXES:

@@ -171,6 +171,15 @@ def test_where_models_are(folder, monkeypatch):
     assert locate("/absolute/model", folder) == Path("/absolute/model")
 
 
+@pytest.mark.parametrize("name", ["y" * 300, "org/" + "y" * 300, "y" * 300 + ".safetensors"])
+@pytest.mark.parametrize("place", ["base", "a"])
+def test_a_name_that_no_file_can_have_is_that_of_no_model(folder, monkeypatch, name, place):
+    monkeypatch.setattr("adamerge.recipes.hub_folder", lambda name: Path(name))
+    values = MINIMAL | ({"base": name} if place == "base" else {"experts": {"a": name}})
+    with pytest.raises(InputError, match=r"no such checkpoint: .*yyy"):
+        job(parse(values), folder)
+
+
 def test_paths_that_rules_take_are_beside_the_recipe_too(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "home"))
     specs = [
