@@ -365,15 +365,31 @@ def test_statistics_that_do_not_fit_are_refused_before_weights_are_read(
     found = Observation({key: torch.tensor(value) for key, value in measured.items()})
     Statistics({"math": found, "code": found}).save(tmp_path)
     asked = recipe(models, rules=[{rules[0]: {"statistics": str(tmp_path)}}, *rules[1:]])
+    read_no_weights(monkeypatch)
+    with pytest.raises(InputError, match=words):
+        report(asked)
+
+
+def read_no_weights(monkeypatch) -> None:
+    """Only statistics, whose names begin with what was measured."""
     read = SafetensorsState._read
 
-    def no_weights(self, name, *place):
+    def checked(self, name, *place):
         assert "/" in name, f"{name} was read"
         return read(self, name, *place)
 
-    monkeypatch.setattr(SafetensorsState, "_read", no_weights)
-    with pytest.raises(InputError, match=words):
+    monkeypatch.setattr(SafetensorsState, "_read", checked)
+
+
+def test_whether_statistics_are_of_these_weights_is_left_to_the_merge(models, tmp_path, monkeypatch):
+    found = Observation({f"fisher/{QUERY}": torch.ones(32, 32)}, signatures={QUERY: 1e3})
+    Statistics({"math": found, "code": found}).save(tmp_path)
+    asked = recipe(models, rules=[{"Fisher": {"statistics": str(tmp_path)}}])
+    with monkeypatch.context() as patch:
+        read_no_weights(patch)
         report(asked)
+    with pytest.raises(InputError, match="measured on other weights"):
+        run(asked, tmp_path / "out", quiet())
 
 
 def test_a_merge_has_its_name_once_all_of_it_is_on_the_disk(models, tmp_path, monkeypatch):
