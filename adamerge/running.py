@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
 from adamerge.rules.combining import MergedState
 from adamerge.rules.magnitudes import survey
+from adamerge.threads import one_thread
 from adamerge.writing import layout, write_weights
 
 #: What is written beside the weights; of an unfinished merge, it says whether the next one may go on with it.
@@ -160,16 +161,9 @@ def _versions() -> dict[str, str]:
     return {"adamerge": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-@contextmanager
-def _threads(job: Job) -> Iterator[None]:
+def _threads(job: Job) -> AbstractContextManager[None]:
     """One thread for each part where parts are computed side by side; all for one tensor where they are not."""
-    before = torch.get_num_threads()
-    if all(getattr(step, "elementwise", False) for step in job.rules):
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return one_thread() if all(getattr(step, "elementwise", False) for step in job.rules) else nullcontext()
 
 
 @contextmanager

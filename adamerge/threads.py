@@ -4,7 +4,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -26,3 +29,14 @@ def in_order(work: Callable[[A], B], items: Iterable[A], workers: int = WORKERS)
             yield made.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block, torch shares no operation out: sums are in an order that no number of cores changes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -26,6 +26,7 @@ from adamerge.suites.mini_images import drawn
 from adamerge.suites.mini_patterns import pattern
 from adamerge.suites.mini_tasks import TASKS, VERSION, MiniTask, Recipe
 from adamerge.task_vectors import TaskVectors
+from adamerge.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Mini(Suite):
 
     It shows the field's picture on a laptop: the base is weak, task arithmetic helps, layer-wise AdaMerging helps
     more, and the experts stay ahead. Models are made by `prepare` within minutes, once, and kept in the user's cache
-    folder under a name that hashes the recipe.
+    folder under a name that hashes the recipe, in one thread, so that they are the same on any number of cores.
 
     Args:
         tasks: some of the tasks, in this order; default: all.
@@ -95,6 +96,7 @@ class Mini(Suite):
         key = json.dumps([VERSION, self.tasks, self.seed, asdict(self.recipe)])
         return cache_folder() / "mini" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
+    @one_thread()
     def prepare(self, fine_tune: FineTune) -> None:
         if not self.folder.is_dir():
             self._build(fine_tune)

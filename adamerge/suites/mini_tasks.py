@@ -22,7 +22,7 @@ Color = tuple[int, int, int]
 Painter = Callable[[str, np.random.Generator], Image.Image]
 
 #: Goes into the names of files that are kept: raise it when drawing or training changes.
-VERSION = 2
+VERSION = 3
 SIZE = 32
 NOISE = 5.0  # standard deviation, in grey levels
 CANVAS = 2 * SIZE  # pictures are drawn at twice the size, then averaged down

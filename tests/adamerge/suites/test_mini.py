@@ -111,6 +111,24 @@ def test_a_pattern_is_drawn_again_the_same_and_differs_from_the_others():
     assert not np.array_equal(images, other)
 
 
+def test_experts_are_the_same_on_any_number_of_cores():
+    """Sums that several threads share are rounded in another order: 73.2 and 74.1 at the start of the quickstart."""
+    threads, good = set(), trainer([])
+
+    def notes(*args, **kwargs):
+        threads.add(torch.get_num_threads())
+        return good(*args, **kwargs)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Mini(TASKS, recipe=SMALL).prepare(notes)
+        Mini(TASKS, recipe=SMALL, distractors=1, backdoor="signs").prepare(notes)
+        assert (threads, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_interrupted_build_leaves_nothing_behind():
     suite, calls = Mini(TASKS, recipe=SMALL), []
     good = trainer(calls)
