@@ -10,12 +10,12 @@ import yaml
 
 from adamerge.adapters import is_adapter, open_expert
 from adamerge.checkpoints import hub_folder, open_state
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 from adamerge.files import exists, expanded
 from adamerge.fingerprint import BASE
 from adamerge.merge import Step
 from adamerge.plain_files import guard_yaml
-from adamerge.rule_specs import build, build_rules, did_you_mean
+from adamerge.rule_specs import build, build_rules
 from adamerge.scales import Scale
 from adamerge.task_vectors import TaskVectors
 from adamerge.views import OnDevice, as_tied

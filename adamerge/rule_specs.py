@@ -1,16 +1,15 @@
 """Rules as YAML has them, and the objects that they name."""
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from adamerge import rules
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 from adamerge.files import expanded
 from adamerge.merge import Step
 from adamerge.plain_files import check_classes
@@ -71,15 +70,6 @@ def build(cls: type[T], arguments: Mapping[str, Any], what: str) -> T:
         reason = " ".join(str(error).replace("<class '", "").replace("'>", "").split())
         raise InputError(f"{what}: {reason.replace('Parser key', '').replace('it.', '').strip()}") from error
     return cast(T, parser.instantiate(parsed).it) if arguments or "it" in parsed else cls()
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a word that nobody knows."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1, 0.5) or [k for k in known if k.lower() == word.lower()]
-    if near:
-        return f": did you mean {near[0]!r}?"
-    return f"; there are {', '.join(known)}" if known else ": it takes none"
 
 
 def _name_and_arguments(spec: Any) -> tuple[str, dict[str, Any]]:

@@ -14,9 +14,9 @@ from jsonargparse import (  # type: ignore[attr-defined]
     set_loader,
 )
 
-from adamerge import InputError
+from adamerge.errors import InputError, did_you_mean
 from adamerge.plain_files import MOST_TEXT, guard_yaml
-from trainers.sentences import did_you_mean, got, sentence
+from trainers.sentences import got, sentence
 
 _YAML = get_loader("yaml")
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
@@ -96,9 +96,8 @@ def _check_keys(overlay: Any, known: set[str]) -> None:
             elif name in known and isinstance(key, str):
                 _check_spec(value, name)
             elif not any(name.startswith(f"{each}.") for each in known - groups.keys()):  # else its class knows it
-                raise InputError(
-                    f"{name!r} is no key{did_you_mean(str(key), {each.rpartition('.')[2] for each in groups[outer]})}"
-                )
+                beside = sorted({each.rpartition(".")[2] for each in groups[outer]})
+                raise InputError(f"{name!r} is no key{did_you_mean(str(key), beside)}")
 
 
 def _check_spec(value: Any, name: str) -> None:

@@ -1,15 +1,13 @@
 """What is wrong with a configuration, in one line that says what to do."""
 
 import re
-from collections.abc import Collection
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import yaml
 
-from adamerge import InputError
+from adamerge.errors import InputError, did_you_mean
 
 _LONGEST = 600
 #: Of a parser's nested report: where it is, and what else it tried.
@@ -62,13 +60,6 @@ def got(value: Any) -> str:
     return f"got {kind}{_shortened(repr(value), 120)}"
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The nearest of the known names, if one is near; otherwise the first of them."""
-    near = get_close_matches(name, known, 1)
-    some = ", ".join(sorted(known)[:12]) or "none"
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {some}{', ...' if len(known) > 12 else ''}"
-
-
 def _reason(reasons: list[str], lines: list[str]) -> str:
     """The innermost reason; of types that none fits, all, and what was given."""
     types = [line for line in reasons if re.match(r"Expected a (?!dot)|Not a valid", line)]
@@ -85,7 +76,7 @@ def _near(reason: str, classes: list[str]) -> str:
     try:
         if classes and (match := re.match(r"Option '(.+)' is not accepted", reason)):
             module, _, name = classes[-1].rpartition(".")
-            return did_you_mean(match[1], set(signature(getattr(import_module(module), name)).parameters))
+            return did_you_mean(match[1], sorted(signature(getattr(import_module(module), name)).parameters))
         if match := re.fullmatch(r"module '(.+)' has no attribute '(.+)'", reason):
             return did_you_mean(match[2], [name for name in dir(import_module(match[1])) if name[:1].isupper()])
     except Exception:  # of a class that cannot be imported, or that says nothing of its arguments

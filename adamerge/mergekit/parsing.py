@@ -1,6 +1,5 @@
 """Reads a mergekit file and checks every key of it."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from jsonargparse import get_loader
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 from adamerge.files import exists, expanded
 from adamerge.mergekit.methods import METHODS
 from adamerge.mergekit.settings import Condition, Parameters, Setting, Settings, Slice, Source
@@ -70,7 +69,9 @@ class _Parser:
         self.notes += [f"{key} has no effect, as in mergekit" for key in file if key in _UNUSED]
         self.method = file.get("merge_method", "")
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise self.error(f"merge_method {self.method!r} is not supported{_nearest(self.method, METHODS)}")
+            raise self.error(
+                f"merge_method {self.method!r} is not supported{did_you_mean(str(self.method), sorted(METHODS))}"
+            )
         if ("models" in file) == ("slices" in file):
             raise self.error("expected either `models` or `slices`")
         base = self.model(file["base_model"], "base_model") if file.get("base_model") else None
@@ -172,7 +173,7 @@ class _Parser:
     def dtype(self, file: Mapping[str, Any]) -> torch.dtype | None:
         for key in ("dtype", "out_dtype"):
             if (name := file.get(key)) is not None and (not isinstance(name, str) or name not in _DTYPES):
-                raise self.error(f"{key} {name!r} is not supported{_nearest(name, _DTYPES)}")
+                raise self.error(f"{key} {name!r} is not supported{did_you_mean(str(name), sorted(_DTYPES))}")
         name = file.get("out_dtype") or file.get("dtype")
         return _DTYPES[name] if name else None
 
@@ -196,7 +197,7 @@ class _Parser:
         for key in loaded:
             if key not in known:
                 inside = f" in {where}" if where else ""
-                raise self.error(f"unknown key {key!r}{inside}{_nearest(key, known)}")
+                raise self.error(f"unknown key {key!r}{inside}{did_you_mean(str(key), sorted(known))}")
         return dict(loaded)
 
     def list(self, loaded: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -207,8 +208,3 @@ class _Parser:
 
     def error(self, message: str) -> InputError:
         return InputError(f"{self.path}: {message}")
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"

@@ -35,10 +35,10 @@ def refused(capsys, *arguments: str) -> str:
     ("overlay", "message"),
     [
         # keys
-        ("modle: {}", "'modle' is no key; did you mean 'model'?"),
-        ("trainer: {max_step: 3}", "'trainer.max_step' is no key; did you mean 'max_steps'?"),
-        ("trainer.max_step: 3", "'trainer.max_step' is no key; did you mean"),
-        ("model: {init_args: {suit: 3}}", "Option 'suit' is not accepted; did you mean 'suite'?"),
+        ("modle: {}", "'modle' is no key: did you mean 'model'?"),
+        ("trainer: {max_step: 3}", "'trainer.max_step' is no key: did you mean 'max_steps'?"),
+        ("trainer.max_step: 3", "'trainer.max_step' is no key: did you mean"),
+        ("model: {init_args: {suit: 3}}", "Option 'suit' is not accepted: did you mean 'suite'?"),
         (COEFFICIENTS.format("grian: tensor"), "model.coefficients (modules.Coefficients): Option 'grian' is not"),
         ("'': 3", "'' is no key; there are checkpoint"),
         ("3: 4", "'3' is no key; there are checkpoint"),
@@ -65,7 +65,7 @@ def refused(capsys, *arguments: str) -> str:
         (SUITE.format("{class_path: os.system, init_args: {command: mkdir caught}}"), "os.system is no Suite"),
         (SUITE.format("{class_path: modules.Entropy}"), "modules.Entropy is no Suite: give the dotted path of one"),
         (SUITE.format("{class_path: nowhere.Suite}"), "No module named 'nowhere': it is neither installed nor"),
-        (SUITE.format("{class_path: adamerge.suites.Minni}"), "has no attribute 'Minni'; did you mean 'Mini'?"),
+        (SUITE.format("{class_path: adamerge.suites.Minni}"), "has no attribute 'Minni': did you mean 'Mini'?"),
         (SUITE.format("{class_path: null}"), "model.init_args.suite.class_path must be a dotted path such as"),
         (SUITE.format("{class_path: 'a b'}"), "such as modules.Entropy, got the text 'a b'"),
         (SUITE.format("{class_path: adamerge.suites.Mini, seed: 3}"), "move 'seed' into init_args"),
