@@ -1,9 +1,9 @@
 """All weighted sums of a model in one launch, and the gradient of all its coefficients in two (Triton, CUDA).
 
-Tensors stay where they are: kernels find them through tables of addresses, so that neither base, deltas nor gradients
-are gathered into one buffer. Sums are in float32, in an order that never changes. `adamerge.ops.weighted_sums` comes
-here where it can; the environment's ADAMERGE_KERNELS=0 keeps it on torch's own operations, and so does a device where
-the kernels fail.
+Tensors stay where they are: kernels find them through a table of addresses, so that neither base, deltas nor gradients
+are gathered into one buffer, and the form of deltas may differ from tensor to tensor. Sums are in float32, in an order
+that never changes. `adamerge.ops.weighted_sums` comes here where it can; the environment's ADAMERGE_KERNELS=0 keeps it
+on torch's own operations, and so does a device where the kernels fail.
 """
 
 import logging
@@ -20,14 +20,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamerge.deltas import AnyDeltas
-from adamerge.stored import Stored
+from adamerge.deltas import dense as whole
+from adamerge.stored import SHARE, Stored
 
 log = logging.getLogger(__name__)
 
-#: Entries of one tensor that one program takes, and partial sums that one program adds up at a time.
-TILE, CHUNK = 2048, 128
+#: Entries of one tensor that one program takes, some shares of them; partial sums that one program adds up at a time.
+TILE, CHUNK = 16 * SHARE, 128
 #: Merged tensors begin at multiples of so many entries, as those of torch's allocator do.
 ALIGN = 128
+#: Forms of values, as the table has them.
+_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_HALF, _BYTES, _SHARE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(SHARE)
+#: Bytes that a thread reads at once in 8 bits, and at a multiple of which these begin.
+_WIDE = tl.constexpr(16)
 #: Said outright, since Triton's default is about to change.
 _OPTIONS = {"enable_fp_fusion": True}
 #: Triton's interpreter runs kernels on the CPU, to test them.
@@ -35,11 +41,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def fits(base: Tensor, deltas: AnyDeltas) -> bool:
-    """Whether the kernels take these: float32 on a GPU, deltas in float32 or bfloat16."""
-    values = _values(deltas)
-    at_hand = values is not None and values.is_contiguous() and base.is_contiguous() and values.numel() > 0
-    there = values is not None and base.device == values.device == deltas.device
-    return bool(at_hand and there and (base.is_cuda or INTERPRETED) and base.dtype == deltas.dtype == torch.float32)
+    """Whether the kernels take these: float32 on a GPU, deltas in float32, in bfloat16 or in 8 bits."""
+    values, *scales = _parts(deltas) or (None,)
+    if values is None or values.dtype not in _FORMS or not values.numel() or not (base.is_cuda or INTERPRETED):
+        return False
+    at_hand = all(part.is_contiguous() and part.device == base.device for part in (base, values, *scales))
+    wide = not scales or values.data_ptr() % _WIDE.value == 0
+    floats = {part.dtype for part in (base, deltas, *scales)} == {torch.float32}
+    return at_hand and wide and floats and deltas.device == base.device
 
 
 @cache
@@ -48,15 +57,15 @@ def work(device: torch.device) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             base = torch.linspace(-1, 1, TILE + 2, device=device)
-            deltas = torch.stack([base.square(), base.cos(), base.flip(0)])
-            rows = torch.tensor([[0.5, -2.0, 0.25]], device=device, requires_grad=True)
-            (merged,) = sums(rows, [base], [deltas])
+            dense = torch.stack([base.square(), base.cos(), base.flip(0)])
+            deltas: list[AnyDeltas] = [dense, *(Stored.from_dense(dense, form) for form in _FORMS)]
+            rows = torch.tensor([[0.5, -2.0, 0.25]] * len(deltas), device=device, requires_grad=True)
+            merged = torch.stack(sums(rows, [base] * len(deltas), deltas))
             (grad,) = torch.autograd.grad(merged.square().sum(), rows)
-            plain = base + (rows.T * deltas).sum(0)
-            expected = torch.autograd.grad(plain.square().sum(), rows)[0]
-        wrong = (
-            None if torch.allclose(merged, plain, 1e-4, 1e-4) and torch.allclose(grad, expected, 1e-3) else "wrong sums"
-        )
+            plain = base + (rows.unsqueeze(2) * torch.stack([whole(delta) for delta in deltas])).sum(1)
+            (expected,) = torch.autograd.grad(plain.square().sum(), rows)
+        right = torch.allclose(merged, plain, 1e-4, 1e-4) and torch.allclose(grad, expected, 1e-3)
+        wrong = None if right else "wrong sums"
     except Exception as error:  # whatever a compiler or a driver raises
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     if wrong:
@@ -73,59 +82,85 @@ def sums(coefficients: Tensor, bases: Sequence[Tensor], deltas: Sequence[AnyDelt
 
 
 @triton.jit
-def _delta(address, half, place, inside):
-    if half:
-        value = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + place, mask=inside, other=0.0).to(tl.float32)
+def _row(table, owner):
+    """Of one tensor: addresses of base, values and scales, form, entries, where the merged one starts, first tile."""
+    row = table + owner * 7
+    base, values, scales, form = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return base, values, scales, form, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+
+
+@triton.jit
+def _floats(values, form, place, inside):
+    """Entries of one expert, [TILE]."""
+    if form == _HALF:
+        value = tl.load(values.to(tl.pointer_type(tl.bfloat16)) + place, mask=inside, other=0.0).to(tl.float32)
     else:
-        value = tl.load(address.to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
+        value = tl.load(values.to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
     return value
 
 
 @triton.jit
-def _merge(
-    out,
-    starts,
-    bases,
-    coefficients,
-    deltas,
-    halves,
-    sizes,
-    owners,
-    offsets,
-    experts: tl.constexpr,
-    entries: tl.constexpr,
-):
+def _shares(values, scales, share, inside):
+    """These shares as they are stored, [S, SHARE], and their scales [S]."""
+    # A share is a row: a thread loads 16 bytes at once and one scale for them. With two loads for every entry instead,
+    # Hopper's load units would by estimate take as long as its memory.
+    place = share[:, None] * _SHARE + tl.arange(0, _SHARE)[None, :]
+    wide = tl.multiple_of(values.to(tl.pointer_type(tl.int8)), _WIDE)
+    value = tl.load(wide + place, mask=inside[:, None], other=0).to(tl.float32)
+    return value, tl.load(scales.to(tl.pointer_type(tl.float32)) + share, mask=inside, other=0.0)
+
+
+@triton.jit
+def _merge(out, table, owners, coefficients, experts: tl.constexpr, entries: tl.constexpr):
     """One tile of one merged tensor: base + Σₖ λₖ τₖ."""
-    tile = tl.program_id(0)
-    owner = tl.load(owners + tile)
-    size, half, address = tl.load(sizes + owner), tl.load(halves + owner), tl.load(deltas + owner)
-    place = tl.load(offsets + tile) + tl.arange(0, entries)
-    inside = place < size
-    total = tl.load(tl.load(bases + owner).to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
-    for k in range(experts):
-        total += tl.load(coefficients + owner * experts + k) * _delta(address, half, place + k * size, inside)
-    tl.store(out + tl.load(starts + owner) + place, total, mask=inside)
+    owner = tl.load(owners + tl.program_id(0))
+    base, values, scales, form, size, start, first = _row(table, owner)
+    tile = tl.program_id(0) - first
+    place = tile * entries + tl.arange(0, entries)
+    inside, rows = place < size, coefficients + owner * experts
+    total = tl.load(base.to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
+    if form == _BYTES:
+        share = tile * (entries // _SHARE) + tl.arange(0, entries // _SHARE)
+        count = tl.cdiv(size, _SHARE)
+        added = tl.zeros([entries // _SHARE, _SHARE], dtype=tl.float32)
+        for k in range(experts):
+            value, scale = _shares(values, scales, k * count + share, share < count)
+            added += (tl.load(rows + k) * scale)[:, None] * value
+        total += added.reshape(entries)
+    else:
+        for k in range(experts):
+            total += tl.load(rows + k) * _floats(values, form, place + k * size, inside)
+    tl.store(out + start + place, total, mask=inside)
 
 
 @triton.jit
-def _contract(partial, grads, deltas, halves, sizes, owners, offsets, experts: tl.constexpr, entries: tl.constexpr):
+def _contract(partial, grads, table, owners, experts: tl.constexpr, entries: tl.constexpr):
     """The products of one tile of a gradient with the same tile of every τₖ; a gradient that is absent is zero."""
-    tile = tl.program_id(0)
-    owner = tl.load(owners + tile)
-    size, half, address = tl.load(sizes + owner), tl.load(halves + owner), tl.load(deltas + owner)
+    owner = tl.load(owners + tl.program_id(0))
+    _, values, scales, form, size, _, first = _row(table, owner)
     source = tl.load(grads + owner)
-    place = tl.load(offsets + tile) + tl.arange(0, entries)
-    inside = place < tl.where(source == 0, 0, size)
+    there, tile = tl.where(source == 0, 0, size), tl.program_id(0) - first
+    place = tile * entries + tl.arange(0, entries)
+    inside, products = place < there, partial + tl.program_id(0) * experts
     grad = tl.load(source.to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
-    for k in range(experts):
-        tl.store(partial + tile * experts + k, tl.sum(grad * _delta(address, half, place + k * size, inside)))
+    if form == _BYTES:
+        share = tile * (entries // _SHARE) + tl.arange(0, entries // _SHARE)
+        count = tl.cdiv(size, _SHARE)
+        shared = grad.reshape(entries // _SHARE, _SHARE)
+        for k in range(experts):
+            value, scale = _shares(values, scales, k * count + share, share * _SHARE < there)
+            tl.store(products + k, tl.sum(scale * tl.sum(shared * value, 1)))
+    else:
+        for k in range(experts):
+            tl.store(products + k, tl.sum(grad * _floats(values, form, place + k * size, inside)))
 
 
 @triton.jit
-def _add(out, partial, firsts, experts: tl.constexpr, chunk: tl.constexpr):
+def _add(out, partial, table, experts: tl.constexpr, entries: tl.constexpr, chunk: tl.constexpr):
     """The sum of all tiles of one tensor, for one expert."""
     owner, k = tl.program_id(0), tl.program_id(1)
-    first, last = tl.load(firsts + owner), tl.load(firsts + owner + 1)
+    _, _, _, _, size, _, first = _row(table, owner)
+    last = first + tl.cdiv(size, entries)
     total = tl.zeros([chunk], dtype=tl.float32)
     for start in range(first, last, chunk):
         tile = start + tl.arange(0, chunk)
@@ -135,39 +170,40 @@ def _add(out, partial, firsts, experts: tl.constexpr, chunk: tl.constexpr):
 
 @dataclass(frozen=True)
 class _Tables:
-    """Where R tensors are and how they are cut into T tiles; [R], but for `owners`, `offsets` [T], `firsts` [R + 1]."""
+    """Where R tensors are and how they are cut into T tiles.
+
+    Attributes:
+        rooms: entries from one merged tensor to the next, R of them.
+        rows: what `_row` reads, [R, 7].
+        owners: the tensor of every tile, [T].
+    """
 
     rooms: list[int]
-    bases: Tensor
-    deltas: Tensor
-    halves: Tensor
-    sizes: Tensor
-    starts: Tensor
+    rows: Tensor
     owners: Tensor
-    offsets: Tensor
-    firsts: Tensor
 
 
 @lru_cache(maxsize=4)
-def _tables(places: tuple[tuple[int, int, bool, int], ...], device: torch.device) -> _Tables:
-    """The tables of tensors at these addresses: of base and deltas, whether in half precision, and sizes."""
-    bases, deltas, halves, sizes = (torch.tensor(column) for column in zip(*places, strict=True))
-    tiles = -(-sizes // TILE)
-    firsts = torch.cat([torch.zeros(1, dtype=torch.int64), tiles.cumsum(0)])
-    owners = torch.arange(len(sizes)).repeat_interleave(tiles)
-    offsets = (torch.arange(len(owners)) - firsts[owners]) * TILE
-    rooms = -(-sizes // ALIGN) * ALIGN
-    starts = rooms.cumsum(0) - rooms
-    columns = (bases, deltas, halves.to(torch.int32), sizes, starts, owners, offsets, firsts)
-    return _Tables(rooms.tolist(), *(column.to(device) for column in columns))
+def _tables(places: tuple[tuple[int, ...], ...], device: torch.device) -> _Tables:
+    """The tables of tensors of which addresses (of base, values and scales), forms and sizes are known."""
+    known = torch.tensor(places)
+    tiles, rooms = -(-known[:, -1] // TILE), -(-known[:, -1] // ALIGN) * ALIGN
+    starts, firsts = rooms.cumsum(0) - rooms, tiles.cumsum(0) - tiles
+    owners = torch.arange(len(known)).repeat_interleave(tiles)
+    rows = torch.cat([known, torch.stack([starts, firsts], 1)], 1)
+    return _Tables(rooms.tolist(), rows.to(device), owners.to(device))
 
 
-def _values(deltas: AnyDeltas) -> Tensor | None:
-    """The numbers that a kernel reads; none of other forms."""
-    if isinstance(deltas, Tensor):
-        return deltas
-    half = isinstance(deltas, Stored) and deltas.values.dtype in (torch.bfloat16, torch.float32)
-    return deltas.values if half and isinstance(deltas, Stored) else None
+def _parts(deltas: AnyDeltas) -> tuple[Tensor, ...]:
+    """The values that a kernel reads and, in 8 bits, their scales; nothing of other forms."""
+    if isinstance(deltas, Stored):
+        return (deltas.values,) if deltas.scales is None else (deltas.values, deltas.scales)
+    return (deltas,) if isinstance(deltas, Tensor) else ()
+
+
+def _place(base: Tensor, values: Tensor, scales: Tensor | None = None) -> tuple[int, ...]:
+    there = 0 if scales is None else scales.data_ptr()
+    return base.data_ptr(), values.data_ptr(), there, _FORMS[values.dtype], base.numel()
 
 
 class _Sums(torch.autograd.Function):
@@ -177,32 +213,27 @@ class _Sums(torch.autograd.Function):
     def forward(
         ctx: Any, coefficients: Tensor, bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]
     ) -> tuple[Tensor, ...]:
-        values = [value for delta in deltas if (value := _values(delta)) is not None]
-        places = tuple(
-            (base.data_ptr(), value.data_ptr(), value.dtype == torch.bfloat16, base.numel())
-            for base, value in zip(bases, values, strict=True)
-        )
+        parts = [_parts(delta) for delta in deltas]
+        places = tuple(_place(base, *held) for base, held in zip(bases, parts, strict=True))
         tables = _tables(places, bases[0].device)
-        ctx.tables, ctx.held, ctx.dtype, ctx.shape = tables, values, coefficients.dtype, coefficients.shape
+        ctx.tables, ctx.held, ctx.dtype, ctx.shape = tables, parts, coefficients.dtype, coefficients.shape
         rows, out = coefficients.float().contiguous(), bases[0].new_empty(sum(tables.rooms))
         _merge[(len(tables.owners),)](
-            out, tables.starts, tables.bases, rows, tables.deltas, tables.halves, tables.sizes, tables.owners,
-            tables.offsets, experts=rows.shape[1], entries=TILE, **_OPTIONS,
-        )  # fmt: skip
-        parts = out.split(tables.rooms)
-        return tuple(part[: base.numel()].view(base.shape) for part, base in zip(parts, bases, strict=True))
+            out, tables.rows, tables.owners, rows, experts=rows.shape[1], entries=TILE, **_OPTIONS
+        )
+        merged = zip(out.split(tables.rooms), bases, strict=True)
+        return tuple(room[: base.numel()].view(base.shape) for room, base in merged)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tables, (rows, experts) = ctx.tables, ctx.shape
         held = [None if grad is None else grad.float().contiguous() for grad in grads]
-        places = torch.tensor([0 if grad is None else grad.data_ptr() for grad in held]).to(tables.sizes.device)
-        partial = torch.empty(len(tables.owners), experts, device=tables.sizes.device)
-        result = torch.empty(rows, experts, device=tables.sizes.device)
+        places = torch.tensor([0 if grad is None else grad.data_ptr() for grad in held]).to(tables.rows.device)
+        partial = torch.empty(len(tables.owners), experts, device=tables.rows.device)
+        result = torch.empty(rows, experts, device=tables.rows.device)
         _contract[(len(tables.owners),)](
-            partial, places, tables.deltas, tables.halves, tables.sizes, tables.owners, tables.offsets, experts=experts,
-            entries=TILE, **_OPTIONS,
-        )  # fmt: skip
-        _add[(rows, experts)](result, partial, tables.firsts, experts=experts, chunk=CHUNK, **_OPTIONS)
+            partial, places, tables.rows, tables.owners, experts=experts, entries=TILE, **_OPTIONS
+        )
+        _add[(rows, experts)](result, partial, tables.rows, experts=experts, entries=TILE, chunk=CHUNK, **_OPTIONS)
         return result.to(ctx.dtype), None, None

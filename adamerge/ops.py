@@ -79,8 +79,8 @@ def weighted_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tenso
 def weighted_sums(coefficients: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]) -> list[Tensor]:
     """`weighted_sum` of many tensors, each with its own coefficients [K].
 
-    On a GPU, those whose deltas are dense in float32 or bfloat16 go through kernels that take them all at once; the
-    results are the same up to rounding. ADAMERGE_KERNELS=0 in the environment turns that off.
+    On a GPU, those whose deltas are there in float32, bfloat16 or 8 bits go through kernels that take them all at once;
+    the results are the same up to rounding. ADAMERGE_KERNELS=0 in the environment turns that off.
     """
     merged = {}
     if together := [n for n, pair in enumerate(zip(bases, deltas, strict=True)) if _in_kernels(*pair)]:

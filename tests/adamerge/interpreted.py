@@ -6,28 +6,33 @@ import torch
 from torch.testing import assert_close
 
 from adamerge import kernels, ops
+from adamerge.deltas import dense as whole
 from adamerge.ops import weighted_sum, weighted_sums
-from adamerge.stored import Stored
+from adamerge.stored import SHARE, Stored
 
-SHAPES = [(), (5,), (3, 4), (70, 90), (2, 3, 2, 2), (1, kernels.TILE), (kernels.TILE + 1,)]
+#: Of 129 entries a share is full and the next has one; the last tensors fill a tile, or begin another.
+SHAPES = [(), (5,), (3, 4), (70, 90), (43, 3), (2, 3, 2, 2), (SHARE,), (1, kernels.TILE), (kernels.TILE + 1,)]
+DENSE, HALF, BYTES = None, torch.bfloat16, torch.int8
 
 
-def case(half: bool, experts: int) -> tuple:
+def case(forms: tuple, experts: int) -> tuple:
+    """Tensors of all shapes whose deltas take these forms in turn."""
     torch.manual_seed(0)
-    bases = [torch.randn(shape) for shape in SHAPES]
-    dense = [torch.randn(experts, *shape) for shape in SHAPES]
-    deltas = [Stored.from_dense(delta, torch.bfloat16) if half and n % 2 else delta for n, delta in enumerate(dense)]
+    bases, deltas = [torch.randn(shape) for shape in SHAPES], []
+    for n, shape in enumerate(SHAPES):
+        dense, form = torch.randn(experts, *shape), forms[n % len(forms)]
+        deltas.append(Stored.from_dense(dense, form) if form else dense)
     return torch.randn(len(SHAPES), experts, dtype=torch.float64).requires_grad_(), bases, deltas
 
 
 def exact(coefficients, bases, deltas) -> list[torch.Tensor]:
-    whole = [(delta.dense() if isinstance(delta, Stored) else delta).double() for delta in deltas]
-    return [weighted_sum(*each) for each in zip(coefficients, [base.double() for base in bases], whole, strict=True)]
+    dense = [whole(delta).double() for delta in deltas]
+    return [weighted_sum(*each) for each in zip(coefficients, [base.double() for base in bases], dense, strict=True)]
 
 
-def check(half: bool, experts: int, left_out: int) -> None:
+def check(forms: tuple, experts: int, left_out: int) -> None:
     """Sums and gradients against those in float64, where some tensors take no part in the loss."""
-    arguments, targets, grads = case(half, experts), [torch.randn(shape) for shape in SHAPES], []
+    arguments, targets, grads = case(forms, experts), [torch.randn(shape) for shape in SHAPES], []
     for sums in (weighted_sums, exact):
         merged = sums(*arguments)
         assert [part.shape for part in merged] == [torch.Size(shape) for shape in SHAPES]
@@ -40,20 +45,43 @@ def check(half: bool, experts: int, left_out: int) -> None:
     assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-3)
 
 
+def check_what_fits() -> None:
+    """Bytes that do not begin where a thread may read sixteen at once, or scales in other precision, go elsewhere."""
+    stored, base = Stored.from_dense(torch.randn(2, 300), BYTES), torch.zeros(300)
+    assert kernels.fits(base, stored)
+    shifted = torch.cat([torch.zeros(1, dtype=BYTES), stored.values.flatten()])[1:].view_as(stored.values)
+    others = [(shifted, stored.scales)] + [(stored.values, stored.scales.to(t)) for t in (torch.float64, HALF)]
+    for values, scales in others:
+        other = Stored(values, stored.shape, scales)
+        assert other.dtype == torch.float32
+        assert not kernels.fits(base, other)
+        (merged,) = weighted_sums([torch.tensor([2.0, -1.0])], [base], [other])
+        assert_close(merged, 2 * stored[0] - stored[1], rtol=1e-2, atol=1e-2)
+    assert not kernels.fits(base.double(), stored.map(lambda tensor: tensor.double()))
+
+
 if __name__ == "__main__":
-    arguments = case(True, 3)
+    arguments = case((BYTES, HALF, DENSE), 3)
     assert all(kernels.fits(base, delta) for base, delta in zip(*arguments[1:], strict=True))
     merged = weighted_sums(*arguments)
     assert len({part.untyped_storage().data_ptr() for part in merged}) == 1, "that was no kernel"
-    for half, experts, left_out in [(False, 1, 0), (False, 3, 2), (True, 3, 0), (True, 5, 3)]:
-        check(half, experts, left_out)
-    found = kernels._merge
-    kernels.work.cache_clear()
-    kernels._merge = None  # nothing to launch
-    assert not kernels.work(torch.device("cpu"))
-    broken = ops.weighted_sums(*arguments)
-    assert_close(broken, merged, rtol=1e-5, atol=1e-5)
-    kernels._merge = found
+    for forms, experts, left_out in [
+        ((DENSE,), 1, 0),
+        ((DENSE, HALF), 3, 2),
+        ((BYTES,), 1, 0),
+        ((BYTES,), 5, 4),
+        ((BYTES, HALF, DENSE), 3, 0),
+    ]:
+        check(forms, experts, left_out)
+    check_what_fits()
+    for name in ("_merge", "_floats", "_shares", "_add"):
+        found = getattr(kernels, name)
+        kernels.work.cache_clear()
+        setattr(kernels, name, None)  # nothing to call
+        assert not kernels.work(torch.device("cpu")), f"{name} is not tried"
+        broken = ops.weighted_sums(*arguments)
+        assert_close(broken, merged, rtol=1e-5, atol=1e-5)
+        setattr(kernels, name, found)
     kernels.work.cache_clear()
     os.environ["ADAMERGE_KERNELS"] = "0"
     ops._kernels.cache_clear()
