@@ -94,7 +94,7 @@ class SafetensorsState(Mapping[str, Tensor]):
 
     def _read(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` from this row on."""
-        place, tensor = self._places[name], torch.empty(shape, dtype=self._dtype(name))
+        place, tensor = self._places[name], torch.empty(shape, dtype=self._dtype(name), device="cpu")
         if not tensor.numel():
             return tensor
         offset = place.start + row * tensor.nbytes // max(shape[0], 1) if shape else place.start

@@ -140,8 +140,11 @@ class Adaptation(LearningModule):
         return [] if self.micro_batches else [KeptMemory()]
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
+        if self.model is None:
+            with torch.device("cpu"):  # Lightning asks for the accelerator, where no file is read
+                self._configure()
+
+    def _configure(self) -> None:
         check(self)
         self.suite.prepare(fine_tune)
         self.suite.check()

@@ -63,7 +63,8 @@ class FineTune(ScoredModule):
     def configure_model(self) -> None:
         if not self.heads:
             data = cast(LabelledData, self.trainer.datamodule)  # type: ignore[attr-defined]
-            self.set_tasks(data.classes, sample=data.sample)
+            with torch.device("cpu"):  # Lightning asks for the accelerator, where images are not yet
+                self.set_tasks(data.classes, sample=data.sample)
 
     def set_tasks(
         self,
