@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Of `malloc.h`: when freed memory goes back, and how many allocations come straight from the system.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_USUAL = {_TRIM_THRESHOLD: 2**17, _MMAP_MAX: 2**16}
+#: Of `malloc.h`: when freed memory goes back, from which size on allocations come straight from the system, how many.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+#: Where the library's own thresholds end up in a process that uses large tensors: they no longer move once one is set.
+_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16}
 
 
 @contextmanager
@@ -17,11 +18,12 @@ def kept() -> Iterator[None]:
 
     By default every tensor above 32 MB comes fresh from the system and goes back at once, so that a step touches
     gigabytes of new pages, each of which the system has to find and clear: on a CPU that can cost more than the
-    arithmetic of a merge. The price of keeping is what fragments of freed memory add to the peak. Where the environment
-    sets one of the library's own `MALLOC_...` variables, these hold.
+    arithmetic of a merge. The price of keeping is what fragments of freed memory add to the peak. The environment's
+    ADAMERGE_KEEP=0 turns this off, and where it sets one of the library's own `MALLOC_...` variables, these hold.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+    asked = os.environ.get("ADAMERGE_KEEP", "1") != "0" and not any(name.startswith("MALLOC_") for name in os.environ)
+    if library is None or not hasattr(library, "mallopt") or not asked:
         yield
         return
     library.mallopt(_MMAP_MAX, 0)

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from adamerge.data import fetch
+from adamerge.memory import kept
 from adamerge.suites import Mini
 from modules import Coefficients, Correction, Divergence, Entropy, Objective, PseudoLabels, RepresentationL1, Surgery
 from trainers import Adaptation, Stream
@@ -66,10 +67,11 @@ def one_pass(module: Adaptation) -> float:
     """Seconds of the merge and of every expert on 1,000 images of each task."""
     stream: Stream = module.trainer.datamodule  # type: ignore[attr-defined]
     model, datasets, begun = module.suite.backbone().eval(), stream.steps().datasets, time.perf_counter()
-    for _ in ("merge", "expert"):
-        for dataset in datasets.values():
-            for part in torch.arange(1000).split(stream.eval_batch_size):
-                model(fetch(dataset, part)[0])
+    with kept():  # as the run does
+        for _ in ("merge", "expert"):
+            for dataset in datasets.values():
+                for part in torch.arange(1000).split(stream.eval_batch_size):
+                    model(fetch(dataset, part)[0])
     return time.perf_counter() - begun
 
 
