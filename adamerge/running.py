@@ -19,6 +19,7 @@ from adamerge.checkpoints import meta
 from adamerge.errors import InputError
 from adamerge.files import flush, json_file, locked, room_for, write_text
 from adamerge.fused import Joined
+from adamerge.memory import kept
 from adamerge.merge import plan, plan_split
 from adamerge.recipes import Job
 from adamerge.rules.combining import MergedState
@@ -73,7 +74,7 @@ def _write(job: Job, partial: Path, console: Console) -> None:
     files = layout(tensors, job.shard_size)
     asked = {"recipe": plain(job.recipe), "files": identities(job.sources), "versions": _versions()}
     _begin(partial, asked, console)
-    with _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
+    with kept(), _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
         planned = plan_split if job.split_fused_qkv else plan
         state = planned(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
         write_weights(state, files, partial, advance)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adamerge.rules.dare import della_chances
+from adamerge.rules.dare import by_rows, della_chances
+from adamerge.rules.magnitudes import kth
 
 
 def rescaled(delta: Tensor, mask: Tensor) -> Tensor:
@@ -20,9 +21,11 @@ def largest(values: Tensor, count: int) -> Tensor:
     flat = values.flatten()
     if count <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    least = flat.kthvalue(flat.numel() - count + 1).values
-    above, equal = flat > least, flat == least
-    return (above | (equal & (equal.cumsum(0) <= count - above.sum()))).view(values.shape)
+    least = kth(flat, flat.numel() - count + 1)
+    mask = flat >= least
+    if surplus := int(mask.count_nonzero()) - count:
+        mask[(flat == least).nonzero()[-surplus:]] = False
+    return mask.view(values.shape)
 
 
 def _kept(delta: Tensor, density: float) -> int:
@@ -51,5 +54,6 @@ def ranked(delta: Tensor, own: Mapping[str, float], draw: torch.Generator) -> Te
     """Drawn with density − ε for the smallest entry of a row to density + ε for the largest, evenly by rank."""
     if own["density"] <= 0:
         return torch.zeros_like(delta, dtype=torch.bool)
-    chances = della_chances(delta, 1 - own["density"], 2 * own["epsilon"])
-    return torch.rand(delta.shape, generator=draw).to(delta.device) < chances
+    drawn = torch.rand(delta.shape, generator=draw).to(delta.device)
+    drop, window = 1 - own["density"], 2 * own["epsilon"]
+    return by_rows(lambda rows: drawn[rows] < della_chances(delta[rows], drop, window), delta.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adamerge.deltas import dense
 from adamerge.mergekit import differences, masks
-from adamerge.rules.base import Stack, WeightRule, each_expert
+from adamerge.rules.base import Stack, WeightRule, each_expert, entrywise
 from adamerge.rules.random import generator
 from adamerge.rules.sce import Sce
 from adamerge.rules.sphere import Grain, karcher, multislerp, nuslerp, slerp
@@ -110,12 +110,12 @@ def combined(deltas: Tensor, weight: Tensor, elect: bool, normalize: bool) -> Te
         normalize: whether to divide.
     """
     weighted = deltas * weight
-    share = weight.sum(0)
+    total, share = weighted.sum(0), weight.sum(0)
     if elect:
-        sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-        kept = weighted.sign() == sign
-        weighted, share = weighted * kept, (weight.abs() * kept).sum(0)
-    total = weighted.sum(0)
+        sign = torch.where(total >= 0, 1.0, -1.0).to(total)
+        agreed = weighted.mul_(sign).relu_()  # the magnitudes of what has that sign
+        total = agreed.sum(0).mul_(sign)
+        share = agreed.sign_().mul_(weight.abs()).sum(0) if normalize else share
     return total / torch.where(share.abs() < 1e-8, 1, share) if normalize else total
 
 
@@ -138,7 +138,8 @@ def _task_vectors(
             return masks.rescaled(delta, kept) if resolved.shared["rescale"] else delta * kept
 
         deltas = stack.deltas if mask is None else dense(each_expert(stack.deltas, masked))
-        change = combined(deltas, resolved.column("weight", stack), elect, bool(resolved.shared["normalize"]))
+        weight, normalize = resolved.column("weight", stack).view(-1, 1), bool(resolved.shared["normalize"])
+        change = entrywise(lambda part: combined(part, weight, elect, normalize), deltas)
         return stack.base + resolved.shared["lambda"] * change
 
     shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}

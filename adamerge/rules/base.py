@@ -10,11 +10,11 @@ from torch import Tensor
 
 from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, LowRank, Sparse, changed
-from adamerge.differences import pieces
+from adamerge.differences import PIECE, pieces
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.task_vectors import TaskVectors
-from adamerge.threads import in_order
+from adamerge.threads import in_order, one_thread
 
 Statistics = TypeVar("Statistics")
 Found = TypeVar("Found")
@@ -210,6 +210,18 @@ def each_expert(deltas: AnyDeltas, change: Callable[[int, Tensor], Tensor]) -> A
     for k, delta in enumerate(deltas):
         changed[k] = change(k, delta)
     return Sparse.from_dense(changed) if isinstance(deltas, Sparse) else changed
+
+
+def entrywise(work: Callable[[Tensor], Tensor], deltas: Tensor) -> Tensor:
+    """`work`, which makes [m] of [K, m] entry by entry, on all entries of [K, *shape] -> [*shape].
+
+    Those of a large tensor on a CPU come some at a time, in several threads: what is in between stays in its caches.
+    """
+    flat, shape = deltas.reshape(len(deltas), -1), deltas.shape[1:]
+    if flat.shape[1] <= PIECE or flat.device.type != "cpu":
+        return work(flat).view(shape)
+    with one_thread():
+        return torch.cat(list(in_order(work, flat.split(PIECE, 1)))).view(shape)
 
 
 def parameters(task_vectors: TaskVectors, names: Collection[str] | None = None) -> Iterator[tuple[str, AnyDeltas]]:

@@ -1,6 +1,8 @@
 """Entries dropped at random, the others enlarged in return."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from adamerge.rules.base import PerTensor, each_expert
 from adamerge.rules.random import generator
 from adamerge.scales import check_pattern
 from adamerge.task_vectors import TaskVectors
+from adamerge.threads import in_order, one_thread
 
 
 class RandomDrop(PerTensor[tuple[str, ...]]):
@@ -85,9 +88,7 @@ class Della(RandomDrop):
     def tensor(self, name: str, deltas: AnyDeltas, statistics: tuple[str, ...]) -> AnyDeltas:
         def masked(k: int, delta: Tensor) -> Tensor:
             drawn = self.draw(delta.shape, statistics[k], name).to(delta.device)
-            if delta.dim() < 2:
-                return self._masked(delta, drawn)
-            return torch.cat([self._masked(delta[rows or ...], drawn[rows or ...]) for rows in pieces(delta.shape)])
+            return by_rows(lambda rows: self._masked(delta[rows], drawn[rows]), delta.shape)
 
         return each_expert(deltas, masked)
 
@@ -95,6 +96,14 @@ class Della(RandomDrop):
         """Some rows of a tensor."""
         chances = della_chances(delta, self.drop, self.window)
         return torch.where(drawn < chances, delta / chances.to(delta.dtype) if self.rescale else delta, 0)
+
+
+def by_rows(work: Callable[[Any], Tensor], shape: torch.Size) -> Tensor:
+    """`work` on some rows of a tensor of that shape at a time, in several threads; a vector is one row."""
+    if len(shape) < 2:
+        return work(...)
+    with one_thread():
+        return torch.cat(list(in_order(lambda rows: work(rows or ...), pieces(shape))))
 
 
 def dare(delta: Tensor, keep: Tensor, drop: float) -> Tensor:
@@ -110,5 +119,16 @@ def della_chances(delta: Tensor, drop: float, window: float) -> Tensor:
     rows = delta.abs().flatten(1) if delta.dim() > 1 else delta.abs().reshape(1, -1)
     least, most = (1 - drop - window / 2, 1 - drop + window / 2) if rows.shape[1] > 1 else (1 - drop, 1 - drop)
     chances = torch.linspace(least, most, rows.shape[1], dtype=torch.float64, device=delta.device).expand_as(rows)
-    order = rows.argsort(dim=-1, stable=True)
-    return torch.empty_like(rows, dtype=torch.float64).scatter_(-1, order, chances).view(delta.shape)
+    return torch.empty_like(rows, dtype=torch.float64).scatter_(-1, _order(rows), chances).view(delta.shape)
+
+
+def _order(rows: Tensor) -> Tensor:
+    """As `rows.argsort(stable=True)` of float32 numbers ≥ 0, [m, n]; on a CPU, several times as fast.
+
+    Such numbers sort as their bit patterns do, and with their positions in the lower half no two are equal.
+    """
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows.argsort(dim=-1, stable=True)
+    keys = (rows.view(torch.int32).long() << 32) + torch.arange(rows.shape[1])
+    keys.numpy().sort(axis=-1)
+    return keys & 0xFFFFFFFF

@@ -12,6 +12,7 @@ from adamerge.kinds import kind
 from adamerge.linalg import leading
 from adamerge.rules.base import Correction, Rule, Stack, Transform, WeightRule, transform
 from adamerge.rules.combining import MergedState
+from adamerge.rules.magnitudes import kth
 from adamerge.rules.matrices import LINEAR, Matrices, rounding, side_by_side
 from adamerge.rules.ties import Trim
 from adamerge.task_vectors import TaskVectors
@@ -107,7 +108,7 @@ def drm(deltas: Tensor, keep: float, name: str, least: float = 0.0) -> Tensor:
     directions = (coordinates / torch.where(norms > 0, norms, 1)).abs()
     present = directions[directions > 0]
     drop = len(present) - max(1, round(keep * len(present)))
-    threshold = present.kthvalue(drop + 1).values
+    threshold = kth(present, drop + 1)
     kept = torch.where(directions >= threshold, coordinates, 0)
     return basis @ agreed(kept)
 

@@ -8,6 +8,7 @@ from adamerge.checkpoints import Factors
 from adamerge.errors import InputError
 from adamerge.linalg import leading
 from adamerge.rules.base import Stack
+from adamerge.rules.magnitudes import kth
 from adamerge.rules.matrices import TWO_AXES, Matrices, MatrixRule, batches, rounding
 
 
@@ -35,7 +36,7 @@ def thinned(factor: Tensor, keep: float) -> Tensor:
     if not len(present):
         return factor
     drop = len(present) - max(1, round(keep * len(present)))
-    return torch.where(sizes >= present.kthvalue(drop + 1).values, factor, 0)
+    return torch.where(sizes >= kth(present, drop + 1), factor, 0)
 
 
 def copa(left: Tensor, right: Tensor, keep: float, weight: float) -> Tensor:

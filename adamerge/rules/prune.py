@@ -10,6 +10,7 @@ from torch import Tensor
 from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
 from adamerge.rules.base import PerTensor, each_expert
+from adamerge.rules.magnitudes import kth
 from adamerge.scales import check_pattern
 from adamerge.task_vectors import TaskVectors
 
@@ -44,10 +45,10 @@ class Prune(PerTensor[None]):
         if delta.numel() < 2:
             return delta
         magnitude = delta.abs()
-        # Above an interpolated quantile lies what lies above the value just below it. kthvalue has no limit of size,
-        # as torch.quantile has. The small number outweighs the rounding of 1 − keep.
+        # Above an interpolated quantile lies what lies above the value just below it. The small number
+        # outweighs the rounding of 1 − keep.
         rank = 1 + math.floor((1 - self.keep) * (delta.numel() - 1) + 1e-6)
-        return torch.where(magnitude > magnitude.flatten().kthvalue(rank).values, delta, 0)
+        return torch.where(magnitude > kth(magnitude.flatten(), rank), delta, 0)
 
 
 class Breadcrumbs(PerTensor[None]):
@@ -80,7 +81,7 @@ def breadcrumbs(delta: Tensor, keep: float, outliers: float) -> Tensor:
     # The small number keeps 0.29 · 100 at 29.
     most = max(1, size - int(outliers * size + 1e-9))
     least = max(1, most + 1 - max(1, int(keep * size + 1e-9)))
-    upper, lower = flat.kthvalue(most).values, flat.kthvalue(least).values
+    upper, lower = kth(flat, most), kth(flat, least)
     return torch.where((magnitude <= upper) & (magnitude >= lower), delta, 0)
 
 

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from adamerge.differences import PIECE
 from adamerge.errors import InputError
 from adamerge.rules.weights import weighted_sum
 
@@ -86,27 +87,36 @@ def karcher(tensors: Tensor, max_iter: int = 10, tol: float = 1e-5, name: str = 
     Raises:
         InputError: where the directions cancel out; it calls the tensor `name`.
     """
-    norms = [float(tensor.norm()) for tensor in tensors]
-    least = tol if max(norms) > tol else _ZERO
-    kept = [k for k, norm in enumerate(norms) if norm > least]
-    if not kept or tensors[0].numel() == 1:
+    # All that is ever formed are weighted sums of the uₖ, whose products with each other say all there is to know.
+    products = _products(tensors)
+    norms = products.diagonal().sqrt()
+    there = norms > (tol if norms.max() > tol else _ZERO)
+    if not there.any() or tensors[0].numel() == 1:
         return tensors.mean(0)
-    share = 1 / len(kept)
-    mean = _direction(tensors, [share if k in kept else 0.0 for k in range(len(norms))], norms, name)
+    units = products[there][:, there] / torch.outer(norms[there], norms[there])
+    mean = torch.full_like(norms[there], 1 / int(there.sum()))
+    length = math.sqrt(max(float(mean @ units @ mean), 0))
+    if length <= _ROUNDING:
+        raise _no_direction(name)
+    mean = mean / length
     for _ in range(max_iter):
-        tangent = torch.zeros_like(mean)
-        for k in kept:
-            unit = tensors[k] / norms[k]
-            cosine = (unit * mean).sum()
-            away = unit - cosine * mean
-            sine = away.norm()
-            if sine > _ROUNDING:
-                tangent += share * torch.atan2(sine, cosine) / sine * away
-        step = float(tangent.norm())
+        cosines = units @ mean
+        away = torch.eye(len(mean)).to(mean) - torch.outer(cosines, mean)
+        sines = torch.linalg.vecdot(away, away @ units).clamp(min=0).sqrt()
+        arcs = torch.where(sines > _ROUNDING, torch.atan2(sines, cosines) / sines, 0)
+        tangent = arcs @ away / len(mean)
+        step = math.sqrt(max(float(tangent @ units @ tangent), 0))
         if step < tol:
             break
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
-    return mean * (sum(norms) / len(norms))
+    weights = torch.zeros_like(norms).index_put_((there,), mean / norms[there] * norms.mean())
+    return weighted_sum(tensors, weights.tolist())
+
+
+def _products(tensors: Tensor) -> Tensor:
+    """⟨θⱼ, θₖ⟩ of [K, *shape], [K, K] in float64."""
+    flat = tensors.reshape(len(tensors), -1)
+    return sum((part @ part.T for part in map(Tensor.double, flat.split(PIECE, 1))), flat.new_zeros(()).double())
 
 
 def _matrix(tensor: Tensor, per: Grain) -> Tensor:
@@ -119,8 +129,12 @@ def _direction(tensors: Tensor, weights: list[float], norms: list[float], name: 
     mean = weighted_sum(tensors, scaled)
     length = float(mean.norm())
     if length <= _ROUNDING * sum(map(abs, weights)):
-        raise InputError(
-            f"{name}: the experts' directions cancel out, and there is no mean direction; give other weights, leave an "
-            "expert out, or take a rule that adds, such as Linear"
-        )
+        raise _no_direction(name)
     return mean / length
+
+
+def _no_direction(name: str) -> InputError:
+    return InputError(
+        f"{name}: the experts' directions cancel out, and there is no mean direction; give other weights, leave an "
+        "expert out, or take a rule that adds, such as Linear"
+    )

@@ -13,7 +13,7 @@ from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.rules.base import Found, PerTensor, Rule, Stack, each_parameter
-from adamerge.rules.magnitudes import kth_magnitudes, survey
+from adamerge.rules.magnitudes import kth, kth_magnitudes, survey
 from adamerge.task_vectors import TaskVectors
 
 __all__ = ["ElectSign", "Majority", "Trim", "kth_magnitudes"]
@@ -85,7 +85,7 @@ class Trim(PerTensor[Tensor | None]):
     def _least(self, values: Tensor) -> Tensor:
         """The smallest magnitude that each expert keeps of one tensor, [K]."""
         rank = max(1, values[0].numel() - int(self.keep * values[0].numel()))
-        return torch.stack([value.abs().flatten().kthvalue(rank).values for value in values])
+        return torch.stack([kth(value.abs().flatten(), rank) for value in values])
 
 
 class Majority:

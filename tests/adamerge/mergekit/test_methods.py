@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge import differences
+from adamerge import differences, rules
 from adamerge.merge import plan
 from adamerge.mergekit import METHODS
 from adamerge.mergekit.masks import largest
 from adamerge.mergekit.methods import combined
+from adamerge.rules import sphere
 from adamerge.rules.random import generator
 
 
@@ -397,6 +398,20 @@ def test_elementwise_methods_give_the_same_bits_in_pieces(models, job, monkeypat
     state = plan(found.task_vectors, found.rules)
     assert all(len(list(state.parts(name))) > 1 for name, value in whole.items() if value.dim() > 1)
     assert all(torch.equal(state[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs_ties", "sce", "karcher"])
+def test_the_others_do_too_where_they_go_piece_by_piece_within_a_tensor(models, job, monkeypatch, method):
+    own = {"della": "density: 0.5, epsilon: 0.3, ", "sce": "select_topk: 0.5, ", "karcher": ""}
+    base = "" if METHODS[method].base == "unused" else "base_model: zero"
+    given = own.get(method, "density: 0.5, ")
+    found = job(
+        f"models: [{{model: one}}, {{model: two}}]\nmerge_method: {method}\nparameters: {{{given}weight: 1}}\n{base}"
+    )
+    whole = dict(plan(found.task_vectors, found.rules))
+    for module in (differences, rules.base, sphere):
+        monkeypatch.setattr(module, "PIECE", 4)
+    close(dict(plan(found.task_vectors, found.rules)), whole)
 
 
 @pytest.mark.parametrize("count", range(8))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from adamerge import InputError, TaskVectors, merge
+from adamerge import InputError, TaskVectors, differences, merge
 from adamerge.rules import Dare, Della, ElectSign, Prune, TaskArithmetic, Trim, transform
 from adamerge.rules.dare import dare, della_chances
 from adamerge.rules.random import generator
@@ -175,3 +175,16 @@ def test_the_expected_merge_is_that_of_task_arithmetic():
     for make in (lambda seed: Dare(0.5, seed), lambda seed: Della(0.4, 0.3, seed)):
         mean = sum(merge(tv, rules=[make(seed)])["w"] for seed in range(300)) / 300
         assert_close(mean.mean(), tv.deltas["w"].mean(), rtol=0.02, atol=0)
+
+
+def test_equal_entries_rank_by_position_in_either_precision():
+    delta = torch.randn(40, 600).bfloat16().float()  # many equal magnitudes
+    delta[3] = 0
+    assert torch.equal(della_chances(delta, 0.5, 0.4), della_chances(delta.double(), 0.5, 0.4))
+
+
+def test_a_large_tensor_is_masked_as_in_one_piece(monkeypatch):
+    tv = TaskVectors.from_state_dicts({"w": torch.zeros(60, 50)}, {"a": {"w": torch.randn(60, 50)}})
+    whole = transform(tv, [Della()]).deltas["w"]
+    monkeypatch.setattr(differences, "PIECE", 128)
+    assert torch.equal(transform(tv, [Della()]).deltas["w"], whole)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adamerge import TaskVectors, differences
-from adamerge.rules import Trim
-from adamerge.rules.magnitudes import Sample, kth_magnitudes, survey
+from adamerge.rules import Trim, magnitudes
+from adamerge.rules.magnitudes import Sample, kth, kth_magnitudes, survey
 
 RANKS = (1, 2, 500, 799, 999, 1000)
 
@@ -88,3 +88,21 @@ def test_thresholds_do_not_depend_on_pieces(monkeypatch, piece):
     assert Trim(0.3).fit(tv).tolist() == sort(every[None], 3001 - int(0.3 * 3001)).tolist()
     kept = Trim(0.3)(tv).deltas
     assert sum(int(deltas.count_nonzero()) for deltas in kept.values()) == int(0.3 * 3001) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["continuous", "in half precision", "mostly zeros", "small ones where a sample looks"])
+def test_the_kth_of_many_is_that_of_a_sort(monkeypatch, dtype, kind):
+    monkeypatch.setattr(magnitudes, "_COUNTED", 2**12)
+    monkeypatch.setattr(magnitudes, "_SAMPLED", 2**9)
+    values = torch.randn(2, 20_000, dtype=dtype).abs()
+    if kind == "in half precision":
+        values = values.bfloat16().to(dtype)
+    elif kind == "mostly zeros":
+        values = values * (values > 2)
+    elif kind.startswith("small"):
+        values[:, :: 20_000 // 2**9 | 1] *= 1e-3
+    order = values.sort(1).values
+    for rank in (1, 2, 9_999, 16_000, 19_999, 20_000):
+        assert torch.equal(kth(values, rank), order[:, rank - 1])
+        assert torch.equal(kth(values[1], rank), order[1, rank - 1])
