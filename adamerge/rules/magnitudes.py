@@ -1,5 +1,6 @@
 """The k-th magnitude over all tensors of a model, exactly, without a copy of the model or a sort."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ def survey(task_vectors: TaskVectors) -> tuple[dict[str, int], Sample | None]:
             magnitudes.append(some.clone())
             weights.append(torch.full((some.shape[1],), like.numel() / some.shape[1], dtype=torch.float64))
     return sizes, Sample(torch.cat(magnitudes, 1), torch.cat(weights)) if sizes else None
+
+
+def widest(task_vectors: TaskVectors, names: Iterable[str]) -> torch.dtype:
+    """The dtype that holds the deltas of all these tensors: float32 at least."""
+    dtypes = (meta(task_vectors.base, name).dtype for name in names)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _flat(deltas: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import meta
 from adamerge.deltas import AnyDeltas, dense
 from adamerge.errors import InputError
-from adamerge.rules.base import Found, Rule, Stack, each_parameter, parameters
-from adamerge.rules.ties import kth_magnitudes
+from adamerge.ops import matrix
+from adamerge.rules.base import Found, Rule, Stack, each_parameter
+from adamerge.rules.magnitudes import kth_magnitudes, survey, widest
 from adamerge.task_vectors import TaskVectors
 
 
@@ -48,7 +48,7 @@ class Pcb(Rule[Competition]):
     """
 
     elementwise = True
-    passes = 9  # one to see what has changed, two for each of four quantiles
+    passes = 5  # one for each quantile of magnitudes, one for the largest balances, two for those on top
 
     def __init__(self, keep: float = 0.1, clip: float = 1e-4) -> None:
         if not (0 < keep <= 1 and 0 <= clip < 0.5):
@@ -57,26 +57,23 @@ class Pcb(Rule[Competition]):
 
     def fit(self, task_vectors: TaskVectors) -> Competition:
         """Quantiles by passes over all tensors; no copy of a whole task vector is made."""
-        changed, count, dtype = set(), 0, torch.float32
-        for name, deltas in parameters(task_vectors):
-            if name not in changed and bool(deltas.any()):
-                changed.add(name)
-                count += meta(task_vectors.base, name).numel()
-                dtype = torch.promote_types(dtype, deltas.dtype)
-        if not changed:
+        sizes, sample = survey(task_vectors)
+        if not sizes:
             return Competition(*torch.zeros(4, len(task_vectors.tasks)))
+        count, dtype = sum(sizes.values()), widest(task_vectors, sizes)
 
         def each(work: Callable[[AnyDeltas], Found]) -> Iterator[Found]:
-            return each_parameter(task_vectors, lambda name, deltas: work(deltas), changed)
+            return each_parameter(task_vectors, lambda name, deltas: work(deltas), sizes)
 
         clipped, tasks = int(self.clip * count), len(task_vectors.tasks)
-        low, high = (kth_magnitudes(each, rank, dtype, tasks) for rank in (1 + clipped, count - clipped))
+        low, high = (kth_magnitudes(each, rank, dtype, tasks, sample) for rank in (1 + clipped, count - clipped))
 
         def balances(work: Callable[[AnyDeltas], Found]) -> Iterator[Found]:
             return each(lambda deltas: work(balance(dense(deltas), low, high).clamp(min=0)))
 
         rank = min(count, 1 + count - int(self.keep * count + 1e-9))
-        least, most = (kth_magnitudes(balances, rank, dtype, tasks) for rank in (rank, count))
+        least = kth_magnitudes(balances, rank, dtype, tasks)
+        most = torch.stack(list(balances(lambda deltas: matrix(dense(deltas)).amax(1).cpu()))).amax(0)
         return Competition(low, high, least, most)
 
     def combine(self, stack: Stack, statistics: Competition) -> Tensor:

@@ -1,6 +1,5 @@
 """TIES: trim what hardly moved, then settle by sign (Yadav et al., arXiv:2306.01708)."""
 
-import functools
 from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Literal
@@ -13,7 +12,7 @@ from adamerge.deltas import AnyDeltas, Sparse, dense
 from adamerge.errors import InputError
 from adamerge.kinds import kind
 from adamerge.rules.base import Found, PerTensor, Rule, Stack, each_parameter
-from adamerge.rules.magnitudes import kth, kth_magnitudes, survey
+from adamerge.rules.magnitudes import kth, kth_magnitudes, survey, widest
 from adamerge.task_vectors import TaskVectors
 
 __all__ = ["ElectSign", "Majority", "Trim", "kth_magnitudes"]
@@ -61,8 +60,7 @@ class Trim(PerTensor[Tensor | None]):
             unchanged = sum(every) - changed
         # The unchanged zeros are the smallest of all magnitudes.
         rank = changed - int(self.keep * (changed + unchanged))
-        dtypes = (torch.promote_types(torch.float32, likes[name].dtype) for name in sizes)
-        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        dtype = widest(task_vectors, sizes)
         if rank < 1:
             return torch.zeros(len(task_vectors.tasks), dtype=dtype)
 
