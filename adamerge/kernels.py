@@ -40,15 +40,18 @@ _OPTIONS = {"enable_fp_fusion": True}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def fits(base: Tensor, deltas: AnyDeltas) -> bool:
+def fits(base: Tensor | None, deltas: AnyDeltas) -> bool:
     """Whether the kernels take these: float32 on a GPU, deltas in float32, in bfloat16 or in 8 bits."""
     values, *scales = _parts(deltas) or (None,)
-    if values is None or values.dtype not in _FORMS or not values.numel() or not (base.is_cuda or INTERPRETED):
+    there = INTERPRETED or deltas.device.type == "cuda"
+    if values is None or values.dtype not in _FORMS or not values.numel() or not there:
         return False
-    at_hand = all(part.is_contiguous() and part.device == base.device for part in (base, values, *scales))
+    bases = [] if base is None else [base]
+    alike = all(part.shape == deltas.shape[1:] for part in bases)  # a kernel does not broadcast
+    at_hand = all(part.is_contiguous() and part.device == deltas.device for part in (*bases, values, *scales))
     wide = not scales or values.data_ptr() % _WIDE.value == 0
-    floats = {part.dtype for part in (base, deltas, *scales)} == {torch.float32}
-    return at_hand and wide and floats and deltas.device == base.device
+    floats = {part.dtype for part in (*bases, deltas, *scales)} == {torch.float32}
+    return alike and at_hand and wide and floats
 
 
 @cache
@@ -56,15 +59,16 @@ def work(device: torch.device) -> bool:
     """Whether they give on this device what plain sums give: tried once, with a few numbers."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            base = torch.linspace(-1, 1, TILE + 2, device=device)
+            base = torch.linspace(-1, 1, TILE + 2, dtype=torch.float32, device=device)
             dense = torch.stack([base.square(), base.cos(), base.flip(0)])
             deltas: list[AnyDeltas] = [dense, *(Stored.from_dense(dense, form) for form in _FORMS)]
-            rows = torch.tensor([[0.5, -2.0, 0.25]] * len(deltas), device=device, requires_grad=True)
-            merged = torch.stack(sums(rows, [base] * len(deltas), deltas))
-            (grad,) = torch.autograd.grad(merged.square().sum(), rows)
-            plain = base + (rows.unsqueeze(2) * torch.stack([whole(delta) for delta in deltas])).sum(1)
-            (expected,) = torch.autograd.grad(plain.square().sum(), rows)
-        right = torch.allclose(merged, plain, 1e-4, 1e-4) and torch.allclose(grad, expected, 1e-3)
+            rows = base.new_tensor([[0.5, -2.0, 0.25]] * len(deltas)).requires_grad_()
+            merged = sums(rows, [base] * len(deltas), deltas)
+            # Nothing is saved for the backward pass: hooks of a caller, such as checkpointing's, do not see the trial.
+            (grad,) = torch.autograd.grad(merged, rows, [base.exp()] * len(deltas))
+        known = torch.stack([whole(delta) for delta in deltas])
+        plain, expected = base + (rows.detach().unsqueeze(2) * known).sum(1), (base.exp() * known).sum(2)
+        right = torch.allclose(torch.stack(merged), plain, 1e-4, 1e-4) and torch.allclose(grad, expected, 1e-3)
         wrong = None if right else "wrong sums"
     except Exception as error:  # whatever a compiler or a driver raises
         wrong = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -75,7 +79,7 @@ def work(device: torch.device) -> bool:
     return not wrong
 
 
-def sums(coefficients: Tensor, bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]) -> tuple[Tensor, ...]:
+def sums(coefficients: Tensor, bases: Sequence[Tensor | None], deltas: Sequence[AnyDeltas]) -> tuple[Tensor, ...]:
     """As `adamerge.ops.weighted_sums`, for coefficients [R, K] and R tensors that fit."""
     merged: tuple[Tensor, ...] = _Sums.apply(coefficients, bases, deltas)
     return merged
@@ -112,13 +116,14 @@ def _shares(values, scales, share, inside):
 
 @triton.jit
 def _merge(out, table, owners, coefficients, experts: tl.constexpr, entries: tl.constexpr):
-    """One tile of one merged tensor: base + Σₖ λₖ τₖ."""
+    """One tile of one merged tensor: base + Σₖ λₖ τₖ; a base that is absent is zero."""
     owner = tl.load(owners + tl.program_id(0))
     base, values, scales, form, size, start, first = _row(table, owner)
     tile = tl.program_id(0) - first
     place = tile * entries + tl.arange(0, entries)
     inside, rows = place < size, coefficients + owner * experts
-    total = tl.load(base.to(tl.pointer_type(tl.float32)) + place, mask=inside, other=0.0)
+    there = tl.where(base == 0, 0, size)
+    total = tl.load(base.to(tl.pointer_type(tl.float32)) + place, mask=place < there, other=0.0)
     if form == _BYTES:
         share = tile * (entries // _SHARE) + tl.arange(0, entries // _SHARE)
         count = tl.cdiv(size, _SHARE)
@@ -183,7 +188,7 @@ class _Tables:
     owners: Tensor
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _tables(places: tuple[tuple[int, ...], ...], device: torch.device) -> _Tables:
     """The tables of tensors of which addresses (of base, values and scales), forms and sizes are known."""
     known = torch.tensor(places)
@@ -201,9 +206,10 @@ def _parts(deltas: AnyDeltas) -> tuple[Tensor, ...]:
     return (deltas,) if isinstance(deltas, Tensor) else ()
 
 
-def _place(base: Tensor, values: Tensor, scales: Tensor | None = None) -> tuple[int, ...]:
-    there = 0 if scales is None else scales.data_ptr()
-    return base.data_ptr(), values.data_ptr(), there, _FORMS[values.dtype], base.numel()
+def _place(base: Tensor | None, size: int, values: Tensor, scales: Tensor | None = None) -> tuple[int, ...]:
+    """Addresses, 0 of what is not there, form and entries of one tensor."""
+    addresses = [0 if part is None else part.data_ptr() for part in (base, values, scales)]
+    return *addresses, _FORMS[values.dtype], size
 
 
 class _Sums(torch.autograd.Function):
@@ -211,18 +217,21 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor, bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]
+        ctx: Any, coefficients: Tensor, bases: Sequence[Tensor | None], deltas: Sequence[AnyDeltas]
     ) -> tuple[Tensor, ...]:
-        parts = [_parts(delta) for delta in deltas]
-        places = tuple(_place(base, *held) for base, held in zip(bases, parts, strict=True))
-        tables = _tables(places, bases[0].device)
+        ctx.set_materialize_grads(False)  # what the loss does not depend on costs nothing
+        parts, shapes = [_parts(delta) for delta in deltas], [delta.shape[1:] for delta in deltas]
+        known = zip(bases, shapes, parts, strict=True)
+        tables = _tables(tuple(_place(base, shape.numel(), *held) for base, shape, held in known), deltas[0].device)
         ctx.tables, ctx.held, ctx.dtype, ctx.shape = tables, parts, coefficients.dtype, coefficients.shape
-        rows, out = coefficients.float().contiguous(), bases[0].new_empty(sum(tables.rooms))
-        _merge[(len(tables.owners),)](
-            out, tables.rows, tables.owners, rows, experts=rows.shape[1], entries=TILE, **_OPTIONS
-        )
-        merged = zip(out.split(tables.rooms), bases, strict=True)
-        return tuple(room[: base.numel()].view(base.shape) for room, base in merged)
+        rows = coefficients.float().contiguous()
+        out = rows.new_empty(sum(tables.rooms))
+        with torch.cuda.device_of(out):
+            _merge[(len(tables.owners),)](
+                out, tables.rows, tables.owners, rows, experts=rows.shape[1], entries=TILE, **_OPTIONS
+            )
+        rooms = zip(out.split(tables.rooms), shapes, strict=True)
+        return tuple(room[: shape.numel()].view(shape) for room, shape in rooms)
 
     @staticmethod
     @once_differentiable
@@ -230,10 +239,11 @@ class _Sums(torch.autograd.Function):
         tables, (rows, experts) = ctx.tables, ctx.shape
         held = [None if grad is None else grad.float().contiguous() for grad in grads]
         places = torch.tensor([0 if grad is None else grad.data_ptr() for grad in held]).to(tables.rows.device)
-        partial = torch.empty(len(tables.owners), experts, device=tables.rows.device)
-        result = torch.empty(rows, experts, device=tables.rows.device)
-        _contract[(len(tables.owners),)](
-            partial, places, tables.rows, tables.owners, experts=experts, entries=TILE, **_OPTIONS
-        )
-        _add[(rows, experts)](result, partial, tables.rows, experts=experts, entries=TILE, chunk=CHUNK, **_OPTIONS)
+        partial = torch.empty(len(tables.owners), experts, dtype=torch.float32, device=tables.rows.device)
+        result = partial.new_empty(rows, experts)
+        with torch.cuda.device_of(result):
+            _contract[(len(tables.owners),)](
+                partial, places, tables.rows, tables.owners, experts=experts, entries=TILE, **_OPTIONS
+            )
+            _add[(rows, experts)](result, partial, tables.rows, experts=experts, entries=TILE, chunk=CHUNK, **_OPTIONS)
         return result.to(ctx.dtype), None, None

@@ -46,11 +46,12 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, coefficients: Tensor, base: Tensor, deltas: AnyDeltas
+        ctx: torch.autograd.function.FunctionCtx, coefficients: Tensor, base: Tensor | None, deltas: AnyDeltas
     ) -> Tensor:
         ctx.deltas = deltas  # type: ignore[attr-defined]
         ctx.dtype = coefficients.dtype  # type: ignore[attr-defined]
-        return weighted(coefficients, deltas).add_(base)
+        change = weighted(coefficients, deltas)
+        return change if base is None else change.add_(base)
 
     @staticmethod
     @once_differentiable
@@ -58,7 +59,7 @@ class _WeightedSum(torch.autograd.Function):
         return inner(grad, ctx.deltas).to(ctx.dtype), None, None  # type: ignore[attr-defined]
 
 
-def weighted_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tensor:
+def weighted_sum(coefficients: Tensor, base: Tensor | None, deltas: AnyDeltas) -> Tensor:
     """The merged tensor θ = θ₀ + Σₖ λₖ τₖ, differentiable in λ alone; G of them for G rows of λ.
 
     The gradient is ∂L/∂λₖ = ⟨∂L/∂θ, τₖ⟩, taken once the whole gradient of θ is there. No product λₖ τₖ is kept, so that
@@ -66,39 +67,43 @@ def weighted_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tenso
 
     Args:
         coefficients: λ, [K] for one merged tensor or [G, K] for G.
-        base: θ₀, any shape.
-        deltas: τ, [K, *base.shape] or its compressed form, of the dtype of `base`; neither takes a gradient.
+        base: θ₀, [*shape], any; `None` is zero.
+        deltas: τ, [K, *shape] or its compressed form, of the dtype of `base`; neither takes a gradient.
 
     Returns:
-        [*base.shape] or [G, *base.shape].
+        [*shape] or [G, *shape].
     """
     merged: Tensor = _WeightedSum.apply(coefficients, base, deltas)
     return merged
 
 
-def weighted_sums(coefficients: Sequence[Tensor], bases: Sequence[Tensor], deltas: Sequence[AnyDeltas]) -> list[Tensor]:
+def weighted_sums(
+    coefficients: Sequence[Tensor], bases: Sequence[Tensor | None], deltas: Sequence[AnyDeltas]
+) -> list[Tensor]:
     """`weighted_sum` of many tensors, each with its own coefficients [K].
 
     On a GPU, those whose deltas are there in float32, bfloat16 or 8 bits go through kernels that take them all at once;
     the results are the same up to rounding. ADAMERGE_KERNELS=0 in the environment turns that off.
     """
-    merged = {}
-    if together := [n for n, pair in enumerate(zip(bases, deltas, strict=True)) if _in_kernels(*pair)]:
-        from adamerge import kernels
+    merged: dict[int, Tensor] = {}
+    fit = [n for n, pair in enumerate(zip(bases, deltas, strict=True)) if _in_kernels(*pair)]
+    for learn in (True, False):  # apart, so that tensors whose coefficients stay take no gradient
+        if together := [n for n in fit if coefficients[n].requires_grad == learn]:
+            from adamerge import kernels
 
-        rows = torch.stack([coefficients[n] for n in together])
-        done = kernels.sums(rows, [bases[n] for n in together], [deltas[n] for n in together])
-        merged = dict(zip(together, done, strict=True))
+            rows = torch.stack([coefficients[n] for n in together])
+            done = kernels.sums(rows, [bases[n] for n in together], [deltas[n] for n in together])
+            merged.update(zip(together, done, strict=True))
     each = zip(coefficients, bases, deltas, strict=True)
     return [merged[n] if n in merged else weighted_sum(*arguments) for n, arguments in enumerate(each)]
 
 
-def _in_kernels(base: Tensor, deltas: AnyDeltas) -> bool:
-    if not (base.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not _kernels():
+def _in_kernels(base: Tensor | None, deltas: AnyDeltas) -> bool:
+    if not (deltas.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") or not _kernels():
         return False
     from adamerge import kernels
 
-    return kernels.fits(base, deltas) and kernels.work(base.device)
+    return kernels.fits(base, deltas) and kernels.work(deltas.device)
 
 
 @cache
@@ -107,7 +112,7 @@ def _kernels() -> bool:
     return os.environ.get("ADAMERGE_KERNELS") != "0" and importlib.util.find_spec("triton") is not None
 
 
-def column_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tensor:
+def column_sum(coefficients: Tensor, base: Tensor | None, deltas: AnyDeltas) -> Tensor:
     """θ = θ₀ + Σₖ τₖ ⊙ c_k with a coefficient per input column, differentiable in c alone.
 
     θ_ij = θ₀_ij + Σₖ c_jk τ_kij, and ∂L/∂c_jk = Σ_i ∂L/∂θ_ij τ_kij, over all axes but the second. One expert at a time
@@ -115,7 +120,7 @@ def column_sum(coefficients: Tensor, base: Tensor, deltas: AnyDeltas) -> Tensor:
 
     Args:
         coefficients: c, [J, K].
-        base: θ₀, or what it broadcasts from; it takes no gradient.
+        base: θ₀, [*shape]; `None` is zero; it takes no gradient.
         deltas: τ, [K, *shape] or its compressed form, of two axes at least with J columns along the second, as the
             weights of linear layers and convolutions have their inputs; it takes no gradient either.
 
@@ -131,10 +136,12 @@ class _ColumnSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, coefficients: Tensor, base: Tensor, deltas: AnyDeltas
+        ctx: torch.autograd.function.FunctionCtx, coefficients: Tensor, base: Tensor | None, deltas: AnyDeltas
     ) -> Tensor:
         ctx.deltas, ctx.dtype = deltas, coefficients.dtype  # type: ignore[attr-defined]
-        merged = base.to(deltas.dtype).expand(deltas.shape[1:]).clone()
+        merged = torch.zeros(deltas.shape[1:], dtype=deltas.dtype, device=deltas.device)
+        if base is not None:
+            merged.copy_(base)
         with torch.autocast(deltas.device.type, enabled=False):
             for scales, delta in zip(coefficients.to(deltas.dtype).unbind(1), deltas, strict=True):
                 merged.addcmul_(delta, scales.view(-1, *[1] * (merged.dim() - 2)))

@@ -266,12 +266,11 @@ class MergedModel(nn.Module):
         frozen, rows, elements = self._frozen, self.coefficients.by_tensor(), self.elements
         if elements is None:
             return self._sums(rows, {name: frozen.tensor(name) for name in rows})
-        zero = next(iter(rows.values())).new_zeros(())
-        changes = self._sums(rows, dict.fromkeys(rows, zero))
+        changes = self._sums(rows, dict.fromkeys(rows))
         return {name: frozen.tensor(name) + elements(name, change) for name, change in changes.items()}
 
-    def _sums(self, rows: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> Weights:
-        """The weighted sums of all tensors, by their rows of coefficients."""
+    def _sums(self, rows: Mapping[str, Tensor], bases: Mapping[str, Tensor | None]) -> Weights:
+        """The weighted sums of all tensors, by their rows of coefficients; a base of `None` is zero."""
         deltas, whole = self._frozen.deltas, [name for name, row in rows.items() if row.dim() == 1]
         merged = weighted_sums([rows[n] for n in whole], [bases[n] for n in whole], [deltas[n] for n in whole])
         found = dict(zip(whole, merged, strict=True))

@@ -16,9 +16,9 @@ DENSE, HALF, BYTES = None, torch.bfloat16, torch.int8
 
 
 def case(forms: tuple, experts: int) -> tuple:
-    """Tensors of all shapes whose deltas take these forms in turn."""
+    """Tensors of all shapes whose deltas take these forms in turn; every fifth has no base."""
     torch.manual_seed(0)
-    bases, deltas = [torch.randn(shape) for shape in SHAPES], []
+    bases, deltas = [torch.randn(shape) if n % 5 else None for n, shape in enumerate(SHAPES)], []
     for n, shape in enumerate(SHAPES):
         dense, form = torch.randn(experts, *shape), forms[n % len(forms)]
         deltas.append(Stored.from_dense(dense, form) if form else dense)
@@ -27,7 +27,10 @@ def case(forms: tuple, experts: int) -> tuple:
 
 def exact(coefficients, bases, deltas) -> list[torch.Tensor]:
     dense = [whole(delta).double() for delta in deltas]
-    return [weighted_sum(*each) for each in zip(coefficients, [base.double() for base in bases], dense, strict=True)]
+    bases = [
+        torch.zeros_like(delta[0]) if base is None else base.double() for base, delta in zip(bases, dense, strict=True)
+    ]
+    return [weighted_sum(*each) for each in zip(coefficients, bases, dense, strict=True)]
 
 
 def check(forms: tuple, experts: int, left_out: int) -> None:
@@ -58,6 +61,30 @@ def check_what_fits() -> None:
         (merged,) = weighted_sums([torch.tensor([2.0, -1.0])], [base], [other])
         assert_close(merged, 2 * stored[0] - stored[1], rtol=1e-2, atol=1e-2)
     assert not kernels.fits(base.double(), stored.map(lambda tensor: tensor.double()))
+    assert kernels.fits(None, stored)
+    assert not kernels.fits(torch.zeros(()), stored)
+    (merged,) = weighted_sums([torch.tensor([2.0, -1.0])], [torch.ones(())], [stored])
+    assert_close(merged, 1 + 2 * stored[0] - stored[1], rtol=1e-5, atol=1e-5)
+
+
+def check_what_takes_no_gradient() -> None:
+    """Where some coefficients stay, their tensors take no gradient; what a loss leaves out is not filled in."""
+    _, bases, deltas = case((BYTES, HALF, DENSE), 3)
+    rows = [torch.randn(3, requires_grad=n % 2 > 0) for n in range(len(SHAPES))]
+    merged = weighted_sums(rows, bases, deltas)
+    assert [part.requires_grad for part in merged] == [row.requires_grad for row in rows]
+    assert_close([part.detach() for part in merged], weighted_sums([row.detach() for row in rows], bases, deltas))
+    addresses, original = [], kernels._contract
+
+    class Noted:
+        def __getitem__(self, grid: tuple) -> object:
+            return lambda *given, **options: (addresses.extend(given[1].tolist()), original[grid](*given, **options))
+
+    kernels._contract = Noted()
+    merged[3].sum().backward()
+    kernels._contract = original
+    assert [address > 0 for address in addresses] == [n == 3 for n, row in enumerate(rows) if row.requires_grad]
+    assert_close(rows[3].grad, torch.stack([delta.sum() for delta in deltas[3]]), rtol=1e-4, atol=1e-3)
 
 
 if __name__ == "__main__":
@@ -74,6 +101,7 @@ if __name__ == "__main__":
     ]:
         check(forms, experts, left_out)
     check_what_fits()
+    check_what_takes_no_gradient()
     for name in ("_merge", "_floats", "_shares", "_add"):
         found = getattr(kernels, name)
         kernels.work.cache_clear()

@@ -15,6 +15,7 @@ from adamerge.stored import Stored
 
 pytest.importorskip("triton", reason="no Triton")
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("interpreted.py")
 LONG, FLOAT = "*i64", "*fp32"
 TILES = {"table": LONG, "owners": LONG}
@@ -26,9 +27,22 @@ SIGNATURES = {
 
 
 def test_interpreted_they_give_the_sums_and_gradients_of_float64():
+    interpret(SCRIPT)
+
+
+def test_interpreted_they_serve_merged_models_as_torch_does():
+    # what is left out is in double precision, or waits for many tiles
+    chosen = "not TestEveryArchitecture and not columns_merge_as_the_file"
+    files = [ROOT / "tests" / "modules" / name for name in ("interpreted.py", "test_merged.py")]
+    interpret("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", chosen, *files)
+
+
+def interpret(*command: str | Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, SCRIPT], env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 @pytest.mark.slow

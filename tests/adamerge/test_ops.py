@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from adamerge.deltas import LowRank, Sparse
-from adamerge.ops import column_sum, weighted_sum
+from adamerge.ops import column_sum, weighted_sum, weighted_sums
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 2, 2), (0, 3)]
 
@@ -25,6 +25,17 @@ def chain(coefficients, base, deltas):
 def test_it_is_the_sum(shape, k):
     arguments = inputs(shape, k)
     assert_close(weighted_sum(*arguments), chain(*arguments), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_base_is_zero(shape):
+    coefficients, base, deltas = inputs(shape)
+    expected = chain(coefficients, torch.zeros_like(base), deltas)
+    found = [weighted_sum(coefficients, None, deltas), *weighted_sums([coefficients], [None], [deltas])]
+    if len(shape) > 1:
+        found.append(column_sum(coefficients.expand(shape[1], -1), None, deltas))
+    for merged in found:
+        assert_close(merged, expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
