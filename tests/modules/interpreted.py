@@ -127,7 +127,7 @@ def the_first_merge_within_a_checkpoint(merged: MergedModel) -> list[Any]:
 
 def the_first_merge_under_another_default(merged: MergedModel) -> list[Any]:
     kernels.work.cache_clear()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         return a_step(merged)
     finally:
