@@ -53,6 +53,17 @@ def test_reference_rows_are_computed_once_per_suite(suite, monkeypatch, tmp_path
     assert len(list((cache_folder() / "references").iterdir())) == 1
 
 
+def test_reference_rows_of_an_earlier_version_are_not_taken(suite, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(evaluation, "_VERSION", evaluation._VERSION - 1)
+    rows = reference_rows(suite, datasets(suite))
+    (kept,) = (cache_folder() / "references").iterdir()
+    kept.write_text(json.dumps({"of an earlier version": rows["base"]}))
+    monkeypatch.undo()
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    assert reference_rows(suite, datasets(suite)) == rows
+
+
 def test_the_users_own_model_is_left_alone(suite, monkeypatch):
     model = suite.backbone().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
