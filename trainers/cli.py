@@ -141,7 +141,7 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # `_print_scores` has a table of its own
+            parser.set_defaults({"verbose": False})  # `_show_scores` has a table of its own
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -208,15 +208,19 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if isinstance(self.model, FineTune) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.validate(self.model, self.datamodule, verbose=False)
-            self.after_validate()
+            self._show_scores("after fine-tuning")
 
     def after_validate(self) -> None:
         """Print the accuracies."""
+        self._show_scores(str(self.trainer.ckpt_path or "as it begins: no checkpoint was given (--ckpt_path)"))
+
+    def _show_scores(self, of: str) -> None:
         scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("accuracy")}
         names = [name.removeprefix("accuracy/").replace("accuracy", "average") for name in scores]
-        table = Table(*names, title="accuracy in %")
+        table = Table(*names)
         table.add_row(*(f"{100 * float(value):.1f}" for value in scores.values()))
         if self.trainer.is_global_zero:
+            Console().print(f"accuracy in %, {of}", soft_wrap=True, highlight=False)
             Console().print(table)
 
     after_test = after_validate

@@ -77,11 +77,19 @@ def test_test_and_python_give_the_numbers_of_the_run(run, capsys):
     printed = capsys.readouterr().out
     for value in adapted.values():
         assert f"{100 * value:.1f}" in printed
+    assert f"accuracy in %, {run}/checkpoints/last.ckpt" in printed
     module = Adaptation.load_from_checkpoint(run / "checkpoints/last.ckpt")
     table = read_coefficients(run / "coefficients.json")
     assert table.rows == module.coefficients.table().rows
     images = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(module.merged.materialise()(images), module.merged(images))
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("extra", [[], ["--ckpt_path=last"]], ids=["none", "last, of which there is none"])
+def test_scores_of_the_start_say_that_nothing_was_learned(command, extra, capsys):
+    main(arguments(command, *extra))
+    assert "accuracy in %, as it begins: no checkpoint was given (--ckpt_path)" in capsys.readouterr().out
 
 
 def test_the_suite_of_a_checkpoint_can_be_another_one_with_the_same_models(run):
