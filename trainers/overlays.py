@@ -96,8 +96,8 @@ def _check_keys(overlay: Any, known: set[str]) -> None:
             elif name in known and isinstance(key, str):
                 _check_spec(value, name)
             elif not any(name.startswith(f"{each}.") for each in known - groups.keys()):  # else its class knows it
-                beside = sorted({each.rpartition(".")[2] for each in groups[outer]})
-                raise InputError(f"{name!r} is no key{did_you_mean(str(key), beside)}")
+                beside = known if "." in str(key) else {each.rpartition(".")[2] for each in groups[outer]}
+                raise InputError(f"{name!r} is no key{did_you_mean(str(key), sorted(beside))}")
 
 
 def _check_spec(value: Any, name: str) -> None:

@@ -15,8 +15,9 @@ from jsonargparse import get_loader
 from rich.console import Console
 from rich.progress import Progress
 
-from adamerge import InputError
+from adamerge.errors import InputError, did_you_mean
 from trainers.compare_runs import Record, Run, execute
+from trainers.sentences import UNKNOWN
 
 
 class Plan:
@@ -68,6 +69,12 @@ class Parser(argparse.ArgumentParser):
     """Raises InputError for what it does not understand."""
 
     def error(self, message: str) -> NoReturn:
+        if match := UNKNOWN.match(message):
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            message = (
+                f"there is no argument {match[1]}{did_you_mean(match[1], known, '.')} "
+                "What is meant for every run comes after --, such as -- --trainer.max_steps 100"
+            )
         raise InputError(message)
 
 

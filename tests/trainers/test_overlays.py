@@ -37,7 +37,7 @@ def refused(capsys, *arguments: str) -> str:
         # keys
         ("modle: {}", "'modle' is no key: did you mean 'model'?"),
         ("trainer: {max_step: 3}", "'trainer.max_step' is no key: did you mean 'max_steps'?"),
-        ("trainer.max_step: 3", "'trainer.max_step' is no key: did you mean"),
+        ("trainer.max_step: 3", "'trainer.max_step' is no key: did you mean 'trainer.max_steps'?"),
         ("model: {init_args: {suit: 3}}", "Option 'suit' is not accepted: did you mean 'suite'?"),
         (COEFFICIENTS.format("grian: tensor"), "model.coefficients (modules.Coefficients): Option 'grian' is not"),
         ("'': 3", "'' is no key; there are checkpoint"),
