@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adamerge.errors import InputError, did_you_mean
+from adamerge.files import nearest
 from trainers.compare_runs import Record, Run, execute
 from trainers.sentences import UNKNOWN
 
@@ -41,7 +42,7 @@ class Plan:
         self.suite, self.output, self.methods = self.given.suite, self.given.output, self.given.methods
         for path in (*self.given.config, self.suite, *self.methods):
             if not path.is_file():
-                raise InputError(f"no such file: {path}")
+                raise InputError(f"no such file: {path}{nearest(path)}")
         self.titles, self.seeded = _titles(self.methods), _takes_seed(self.suite)
         if len(self.titles) < len(self.methods):
             raise InputError("two methods' files have the same name, which is that of the folder of their runs")

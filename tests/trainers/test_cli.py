@@ -146,7 +146,7 @@ def test_overlays_change_what_they_name():
         ("--micro_batches true", r"did you mean '--model\.init_args\.micro_batches'\?"),
         ("--steps 3", r"did you mean '--trainer\.max_steps'\?"),
         ("--wibblywob 3", "no argument --wibblywob: --help lists all"),
-        ("--config=nothing.yaml", r"File does not exist: '.*nothing\.yaml'"),
+        ("--config=nothing.yaml", r"there is no file nothing\.yaml$"),
         ("--ckpt_path=nothing.ckpt", r"nothing\.ckpt"),
         ("--model.init_args.suite=nowhere.Suite", "No module named 'nowhere'"),
         ("--model.init_args.suite=torch.nn.ReLU", "torch.nn.ReLU"),

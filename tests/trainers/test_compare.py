@@ -103,7 +103,8 @@ def test_a_title_that_two_share_has_the_file_s_name_added():
     ("arguments", "message"),
     [
         ("--suite suite.yaml --methods nothing.yaml", r"no such file: nothing\.yaml"),
-        ("--suite nowhere.yaml --methods tensor.yaml", r"no such file: nowhere\.yaml"),
+        ("--suite nowhere.yaml --methods tensor.yaml", r"no such file: nowhere\.yaml$"),
+        ("--suite suit.yaml --methods tensor.yaml", r"no such file: suit\.yaml: did you mean 'suite\.yaml'\?"),
         ("--suite suite.yaml --methods tensor.yaml --config no.yaml", r"no such file: no\.yaml"),
         ("--suite suite.yaml", "required: --methods"),
         ("--suite suite.yaml --methods", "--methods: expected at least one"),
