@@ -415,7 +415,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(models, tmp
         ("{bse: x}", "error: a recipe has no key 'bse': did you mean 'base'?"),
         ("[", "recipe.yaml cannot be read as YAML"),
         ("{base: x, base: y}", "recipe.yaml cannot be read as YAML: the key 'base' is given twice, in lines 1 and 1"),
-        (None, "cannot be read as YAML"),
+        (None, "error: there is no recipe "),
         (
             "{base: ., experts: {a: ~nobody-at-all/x}}",
             "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
