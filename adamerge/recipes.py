@@ -111,7 +111,10 @@ def read(path: Path) -> Job:
         from adamerge import mergekit  # which knows jobs
 
         return mergekit.read(path)
-    return job(parse(values), path.parent)
+    try:
+        return job(parse(values), path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def parse(values: Mapping[str, Any]) -> Recipe:
