@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import lightning as L
 import yaml
@@ -17,18 +17,19 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from adamerge import InputError
 from adamerge.checkpoints import load_torch
-from adamerge.errors import InputError, did_you_mean
 from adamerge.files import write_text
 from adamerge.plain_files import check_classes
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.overlays import Overlay, guard_overlays
+from trainers.parser import Parser
 from trainers.predicting import predict
 from trainers.progress import Progress
 from trainers.report import Report
 from trainers.saving import Checkpoint, WholeFiles, requeued
-from trainers.sentences import UNKNOWN, sentence
+from trainers.sentences import sentence
 from trainers.sources import Source
 
 #: The main job; every `--config` is an overlay on it.
@@ -37,16 +38,6 @@ BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 
 _IN_EVERY_CHECKPOINT = ("state_dict", "global_step", "loops", "callbacks")
 _OF_ONE_CALL = ("ckpt_path", "weights_only")
-
-
-class Parser(LightningArgumentParser):
-    """Says of an argument that it does not know which one may be meant."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if match := UNKNOWN.match(message):
-            known = [f"--{key}" for key, _ in self.get_defaults().items() if not key.startswith("__")]
-            message = f"there is no argument {match[1]}{did_you_mean(match[1], known, ': --help lists all')}"
-        super().error(message, ex)
 
 
 class Trainer(L.Trainer):

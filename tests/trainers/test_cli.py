@@ -177,6 +177,16 @@ def test_bad_input_ends_in_one_sentence_before_any_work(argument, message, capsy
     assert not list(Path().glob("runs/*/results.json"))
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("export", "--ckpt_path, --output"), ("export --output=o", "--ckpt_path"), ("predict", "--source")],
+)
+def test_an_argument_that_is_missing_is_named_as_it_is_typed(command, missing, capsys):
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert capsys.readouterr().err == f"error: the following arguments are required: {missing}\n"
+
+
 def test_help_reads_well(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
