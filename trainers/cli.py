@@ -24,7 +24,7 @@ from adamerge.plain_files import check_classes
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.overlays import Overlay, guard_overlays
-from trainers.parser import Parser
+from trainers.parser import Parser, tidy
 from trainers.predicting import predict
 from trainers.progress import Progress
 from trainers.report import Report
@@ -138,6 +138,10 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "predict": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        tidy(parser)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

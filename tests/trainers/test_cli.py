@@ -187,13 +187,30 @@ def test_an_argument_that_is_missing_is_named_as_it_is_typed(command, missing, c
     assert capsys.readouterr().err == f"error: the following arguments are required: {missing}\n"
 
 
-def test_help_reads_well(capsys):
+def helped(capsys, *command: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
+        main([*command, "--help"])
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_reads_well(capsys):
+    text = helped(capsys)
     for word in ("fit", "export", "configs/base.yaml"):
         assert word in text
+    listed = text.partition("Available subcommands:")[2].split("\n    ")
+    assert [line[:9] for line in listed[2:]] == ["fit      ", "validate ", "test     ", "predict  ", "export   "]
+    assert all(line.strip().endswith(".") for line in listed[2:]), "whole sentences of one line"
+
+
+@pytest.mark.parametrize("command", ["fit", "export"])
+def test_help_begins_with_what_a_run_is_made_of(command, capsys):
+    text = helped(capsys, command)
+    assert "<class" not in text
+    assert text.index("options:") < text.index("--seed_everything") < 1500, "after a short usage"
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    names = [title.split()[0] for title in titles if title.partition(" ")[0] not in ("default", "options:", "Linked")]
+    assert names == ["What", "The", "Of", "What", "When", "Lightning's"]
 
 
 def learned(path: Path) -> torch.Tensor:
