@@ -16,7 +16,7 @@ _DO = {
     "predict": "Predict images as they come.",
     "export": "Write the adapted model's weights.",
 }
-#: Titles of groups of arguments, the most wanted first.
+#: Titles of groups of arguments.
 _TITLES = {
     "model": "What is adapted or fine-tuned; --model.help trainers.Adaptation lists its arguments",
     "data": "The images; --data.help trainers.Stream lists its arguments",
@@ -34,7 +34,7 @@ def tidy(parser: LightningArgumentParser) -> None:
         action.help = _DO[action.dest]
     for command, each in commands.choices.items():
         each.description, each.usage = _DO[command], "%(prog)s [--config FILE ...] [--KEY VALUE ...]"
-        wanted = [key for key in ("model", "data", command, *list(_TITLES)[2:]) if key in each.groups]
+        wanted = [key for key in ("model", "data", command, "report", "checkpoint", "trainer") if key in each.groups]
         for key in wanted:
             each.groups[key].title = _TITLES.get(key, f"Of {command} alone")
         last = [each.groups[key] for key in wanted] + [g for g in each._action_groups if g.title == "Linked arguments"]
