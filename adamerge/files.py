@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 
 #: Seconds after which a temporary file that nobody has written to is one that a killed writer left.
 STALE = 3600
@@ -144,3 +144,10 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def nearest(path: str | Path) -> str:
+    """The end of a sentence about a YAML file that is not there: which one in its folder may be meant, if any."""
+    folder, name = os.path.split(path)
+    beside = glob.glob(os.path.join(glob.escape(folder), "*.y*ml"))
+    return did_you_mean(os.path.splitext(name)[0], sorted(map(os.path.basename, beside)), "")

@@ -11,7 +11,7 @@ import yaml
 from adamerge.adapters import is_adapter, open_expert
 from adamerge.checkpoints import hub_folder, open_state
 from adamerge.errors import InputError, did_you_mean
-from adamerge.files import exists, expanded
+from adamerge.files import exists, expanded, nearest
 from adamerge.fingerprint import BASE
 from adamerge.merge import Step
 from adamerge.plain_files import guard_yaml
@@ -101,6 +101,8 @@ def read(path: Path) -> Job:
         text = path.read_text(encoding="utf-8")
         guard_yaml(text)
         values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise InputError(f"there is no recipe {path}{nearest(path)}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -109,7 +111,10 @@ def read(path: Path) -> Job:
         from adamerge import mergekit  # which knows jobs
 
         return mergekit.read(path)
-    return job(parse(values), path.parent)
+    try:
+        return job(parse(values), path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def parse(values: Mapping[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_imports_go_one_way(package):
 def test_every_module_imports_and_says_what_it_is(name):
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     assert importlib.import_module(module).__doc__
+
+
+def arguments(node: ast.AST) -> set[str]:
+    """What a function takes, or a class to be made."""
+    if isinstance(node, ast.ClassDef):
+        return next((arguments(each) for each in node.body if getattr(each, "name", "") == "__init__"), set())
+    if not isinstance(node, ast.FunctionDef):
+        return set()
+    given = node.args
+    return {each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)} - {"self", "cls"}
+
+
+def test_docstrings_that_list_arguments_list_all_of_them():
+    left_out = []
+    for path in FILES:
+        for node in nodes(path):
+            listed = (ast.get_docstring(node) or "").partition("Args:")[2] if (takes := arguments(node)) else ""
+            said = set(re.findall(r"\w+", " ".join(re.findall(r"^ {4}(\S.*?):", listed, re.MULTILINE))))
+            left_out += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in takes - said if listed]
+    assert not left_out
 
 
 def test_library_code_does_not_print_or_run_what_it_reads():

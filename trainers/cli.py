@@ -24,6 +24,7 @@ from adamerge.plain_files import check_classes
 from trainers.adaptation import Adaptation
 from trainers.finetune import FineTune
 from trainers.overlays import Overlay, guard_overlays
+from trainers.parser import Parser, tidy
 from trainers.predicting import predict
 from trainers.progress import Progress
 from trainers.report import Report
@@ -115,7 +116,7 @@ class CLI(LightningCLI):
     """`--name` names the run's folder, `runs/<name>/`: config, checkpoints, logs, results and figures."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = LightningArgumentParser(allow_abbrev=False, dump_header=[f"lightning=={L.__version__}"], **kwargs)
+        parser = Parser(allow_abbrev=False, dump_header=[f"lightning=={L.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=Overlay, help="a YAML file; later ones change what they name")
         return parser
 
@@ -138,10 +139,14 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "predict": {"model", "datamodule"}}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        tidy(parser)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # `_print_scores` has a table of its own
+            parser.set_defaults({"verbose": False})  # `_show_scores` has a table of its own
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -208,15 +213,19 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if isinstance(self.model, FineTune) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.validate(self.model, self.datamodule, verbose=False)
-            self.after_validate()
+            self._show_scores("after fine-tuning")
 
     def after_validate(self) -> None:
         """Print the accuracies."""
+        self._show_scores(str(self.trainer.ckpt_path or "as it begins: no checkpoint was given (--ckpt_path)"))
+
+    def _show_scores(self, of: str) -> None:
         scores = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("accuracy")}
         names = [name.removeprefix("accuracy/").replace("accuracy", "average") for name in scores]
-        table = Table(*names, title="accuracy in %")
+        table = Table(*names)
         table.add_row(*(f"{100 * float(value):.1f}" for value in scores.values()))
         if self.trainer.is_global_zero:
+            Console().print(f"accuracy in %, {of}", soft_wrap=True, highlight=False)
             Console().print(table)
 
     after_test = after_validate

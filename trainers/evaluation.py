@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 #: Marks a row whose setting was chosen by the labels it is scored with.
 ORACLE = "oracle"
 
+#: Of the reference rows that are kept: count up when what they say changes, in numbers or in names.
+_VERSION = 2
+
 #: Accuracy in [0, 1] by task.
 Accuracy = dict[str, float]
 
@@ -69,8 +72,8 @@ def reference_rows(
     """Accuracy of the base, of each expert on its own task if it has one, of the mean and of task arithmetic.
 
     Task arithmetic is scored at 0.3 and over a grid; the grid's best is an oracle, since labels choose it. Rows are
-    computed once per (models, heads, scored images) and kept in the user's cache folder; with the `fingerprints` of the
-    models given, a second call does not even read them.
+    computed once per (models, heads, scored images, version) and kept in the user's cache folder; with the
+    `fingerprints` of the models given, a second call does not even read them.
     """
     fingerprints = fingerprints or suite.task_vectors().fingerprints
     heads = {task: Head(suite.head(task)) for task in suite.tasks}
@@ -117,8 +120,8 @@ def _key(
     heads: Mapping[str, Head],
     datasets: Mapping[str, Dataset[Any]],
 ) -> str:
-    """What the rows depend on: the models, how they compute, the heads, the labels and a spread of the images."""
-    digest = hashlib.sha256(json.dumps(dict(fingerprints), sort_keys=True).encode())
+    """What the rows depend on: this code, the models, how they compute, the heads, the labels, a spread of images."""
+    digest = hashlib.sha256(json.dumps([_VERSION, dict(fingerprints)], sort_keys=True).encode())
     # Two networks may share tensors and differ in what they compute: number of attention heads, activation, ...
     parts = (f"{name}:{type(m).__name__}:{_plain(m)}" for name, m in backbone.named_modules())
     digest.update("|".join(parts).encode())

@@ -77,9 +77,9 @@ def progress(
     tasks: Sequence[str],
     path: Path,
 ) -> None:
-    """Loss by task [steps, K], smoothed, and held-against accuracy by task over steps; dashes mark the experts."""
+    """Loss by task [steps, K], smoothed, and held-against accuracy by task over steps; dots mark the experts."""
     with style():
-        figure = Figure(figsize=(8.6, 3.2) if accuracies else (5.2, 3.2), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.2) if accuracies else (6.2, 3.2), layout="constrained")
         panels = figure.subplots(1, 2 if accuracies else 1, squeeze=False)[0]
         smooth = max(1, len(steps) // 40)
         for k, task in enumerate(tasks):
@@ -92,21 +92,25 @@ def progress(
         panels[0].set(
             xlabel="step",
             ylabel="entropy (nats)" if objective == "Entropy" else objective,
-            title=f"Loss by task, mean of {smooth} steps",
+            title="Loss by task" + f", mean of {smooth} steps" * (smooth > 1),
         )
         if float(losses.nan_to_num().min()) >= 0:  # a margin or minus an entropy is negative
             panels[0].set_ylim(bottom=0)
         if accuracies:
             at = sorted(accuracies)
             for k, task in enumerate(tasks):
-                panels[1].plot(at, [100 * accuracies[s][task] for s in at], color=colour(k), lw=1.4, marker=".", ms=4)
+                percent = [100 * accuracies[s][task] for s in at]
+                panels[1].plot(at, percent, color=colour(k), lw=1.4, marker=".", ms=4, label=task)
                 if experts and task in experts:
                     panels[1].axhline(100 * experts[task], color=colour(k), lw=0.7, ls=":")
             mean = [100 * sum(accuracies[s].values()) / len(tasks) for s in at]
             panels[1].plot(at, mean, color="black", lw=2, label="average")
-            panels[1].set(xlabel="step", ylabel="accuracy (%)", title="Accuracy by task (dotted: experts)")
-            panels[1].legend(frameon=False, fontsize=7)
-        _legend(panels[0])
+            panels[1].set(xlabel="step", ylabel="accuracy (%)", title="Accuracy by task")
+            if experts:
+                panels[1].plot([], [], color="black", lw=0.7, ls=":", label="experts")
+        lines = {str(line.get_label()): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
+        columns = max(1, math.ceil(len(lines) / 20))
+        figure.legend(lines.values(), lines, loc="outside right center", ncols=columns, frameon=False, fontsize=7)
         save(figure, path)
 
 
@@ -198,10 +202,6 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
         previous = block
     axes.set_yticks(range(len(names)), labels, fontsize=5.5)
     axes.tick_params(length=0)
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=7, ncols=2 if len(axes.get_lines()) > 8 else 1)
 
 
 def colour(k: int) -> Any:

@@ -31,7 +31,8 @@ class Judge:
     Args:
         suite: whose images and experts.
         split: the images that are adapted on.
-        images: how many of each task, drawn by `seed`.
+        images: how many of each task.
+        seed: of the draw of images.
         device: where classifiers compute.
     """
 

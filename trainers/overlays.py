@@ -15,6 +15,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 
 from adamerge.errors import InputError, did_you_mean
+from adamerge.files import nearest
 from adamerge.plain_files import MOST_TEXT, guard_yaml
 from trainers.sentences import got, sentence
 
@@ -37,7 +38,7 @@ class Overlay(ActionConfigFile):
             guard_yaml(text)
             overlay = _YAML(text)
             if isinstance(overlay, str) and not is_path:
-                raise InputError(f"File does not exist: {values!r}")
+                raise InputError(f"there is no file {path}{nearest(path)}")
             _check_keys(overlay, self._keys(parser))
             super().__call__(parser, cfg, values, option_string)
         except (ArgumentError, TypeError, ValueError, yaml.YAMLError) as error:
@@ -96,8 +97,8 @@ def _check_keys(overlay: Any, known: set[str]) -> None:
             elif name in known and isinstance(key, str):
                 _check_spec(value, name)
             elif not any(name.startswith(f"{each}.") for each in known - groups.keys()):  # else its class knows it
-                beside = sorted({each.rpartition(".")[2] for each in groups[outer]})
-                raise InputError(f"{name!r} is no key{did_you_mean(str(key), beside)}")
+                beside = known if "." in str(key) else {each.rpartition(".")[2] for each in groups[outer]}
+                raise InputError(f"{name!r} is no key{did_you_mean(str(key), sorted(beside))}")
 
 
 def _check_spec(value: Any, name: str) -> None:

@@ -15,8 +15,10 @@ from jsonargparse import get_loader
 from rich.console import Console
 from rich.progress import Progress
 
-from adamerge import InputError
+from adamerge.errors import InputError, did_you_mean
+from adamerge.files import nearest
 from trainers.compare_runs import Record, Run, execute
+from trainers.sentences import UNKNOWN
 
 
 class Plan:
@@ -40,7 +42,7 @@ class Plan:
         self.suite, self.output, self.methods = self.given.suite, self.given.output, self.given.methods
         for path in (*self.given.config, self.suite, *self.methods):
             if not path.is_file():
-                raise InputError(f"no such file: {path}")
+                raise InputError(f"no such file: {path}{nearest(path)}")
         self.titles, self.seeded = _titles(self.methods), _takes_seed(self.suite)
         if len(self.titles) < len(self.methods):
             raise InputError("two methods' files have the same name, which is that of the folder of their runs")
@@ -68,6 +70,12 @@ class Parser(argparse.ArgumentParser):
     """Raises InputError for what it does not understand."""
 
     def error(self, message: str) -> NoReturn:
+        if match := UNKNOWN.match(message):
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            message = (
+                f"there is no argument {match[1]}{did_you_mean(match[1], known, '.')} "
+                "What is meant for every run comes after --, such as -- --trainer.max_steps 100"
+            )
         raise InputError(message)
 
 

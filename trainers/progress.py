@@ -13,6 +13,10 @@ class Progress(RichProgressBar):
         super().__init__(leave=leave)
         self.label = label
 
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.num_training_batches  # of the whole run, from which a resumed one counts on
+
     def _get_train_description(self, current_epoch: int) -> str:
         return self.label or type(self.trainer.lightning_module).__name__
 

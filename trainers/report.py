@@ -160,6 +160,7 @@ class Report(L.Callback):
     def _results(self, trainer: L.Trainer, module: Adaptation) -> Results:
         stream: Stream = trainer.datamodule  # type: ignore[attr-defined]
         rows, measured = self._scored(trainer, module) if self.scores else ({}, {})
+        timed = self.trace.seconds if learns(module) else []  # else its steps are those of scoring
         settings = {
             "seed": stream.seed,
             "steps": trainer.global_step,
@@ -167,7 +168,7 @@ class Report(L.Callback):
             "learned_parameters": sum(p.numel() for _, p in module.learned()) if learns(module) else 0,
             "stored_parameters": module.stored_parameters(),
             "wall_seconds": round(self.seconds, 1),
-            "seconds_per_step": round(statistics.median(self.trace.seconds or [0.0]), 4),
+            "seconds_per_step": round(statistics.median(timed), 4) if timed else None,
             **measured,
             "information": sorted(information(module, stream)),
             "method": module.describe(),

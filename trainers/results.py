@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -49,8 +50,9 @@ class Results:
     def markdown(self) -> str:
         """A table in Markdown, with what it depends on below."""
         lines = [f"# {self.suite}: accuracy in %", "", *markdown_table(self._header(), self._cells())]
-        lines += ["", self._caption(), "", *(f"- {key}: {_words(value)}" for key, value in self.settings.items())]
-        return "\n".join(lines) + "\n"
+        plain = json.loads(json.dumps(self.settings))
+        told = yaml.safe_dump(_told(plain), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+        return "\n".join([*lines, "", self._caption(), "", "```yaml", f"{told}```"]) + "\n"
 
     def show(self) -> None:
         """Print the table; eight tasks fit into 80 columns."""
@@ -114,7 +116,11 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], bold: Seque
     console.print(table)
 
 
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items())
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+def _told(value: Any) -> Any:
+    """What a reader wants to know of a setting: of fingerprints the beginning, and nothing that is empty."""
+    if isinstance(value, dict):
+        told = {key: _told(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in told.items() if inner not in (None, [], {})}
+    if isinstance(value, list):
+        return [_told(inner) for inner in value]
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value

@@ -9,6 +9,8 @@ import yaml
 
 from adamerge.errors import InputError, did_you_mean
 
+#: A parser's message about an argument that it does not know.
+UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _LONGEST = 600
 #: Of a parser's nested report: where it is, and what else it tried.
 _NOISE = re.compile(

@@ -14,7 +14,8 @@ _PLAIN = (bool, int, float, str, list, dict, nn.ModuleList)
 def describe(run: "Adaptation") -> dict[str, Any]:
     """The choice on every axis that makes up a run's method."""
     optimizer = run.configure_optimizers()
-    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (bool, int, float, tuple))}
+    # Without the switches that are off, of which torch has many.
+    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (int, float, tuple)) and v is not False}
     return {
         "transforms": [settings(each) for each in run.transforms],
         "coefficients": settings(run.coefficients),

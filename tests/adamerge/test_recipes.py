@@ -155,6 +155,28 @@ def test_a_recipe_is_read_from_yaml_with_paths_beside_it(folder):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rules": ["Trm"]}, "there is no rule 'Trm': did you mean 'Trim'"),
+        ({"scales": 1}, "a recipe has no key 'scales'"),
+        ({"base": "gone.safetensors"}, r"no such checkpoint: .*gone\.safetensors"),
+    ],
+)
+def test_errors_name_the_recipe(folder, change, message):
+    (folder / "merge.yaml").write_text(yaml.safe_dump(MINIMAL | change))
+    with pytest.raises(InputError, match=rf"^{folder}/merge\.yaml: {message}"):
+        read(folder / "merge.yaml")
+
+
+def test_a_recipe_that_is_not_there(folder):
+    (folder / "merge.yaml").touch()
+    with pytest.raises(InputError, match=r"^there is no recipe \S+/mrge\.yaml: did you mean 'merge\.yaml'\?$"):
+        read(folder / "mrge.yaml")
+    with pytest.raises(InputError, match=r"^there is no recipe \S+/nothere\.yaml$"):
+        read(folder / "nothere.yaml")
+
+
+@pytest.mark.parametrize(
     ("size", "expected"),
     [(7, 7), ("7", 7), ("200 MB", 2 * 10**8), ("1.5gb", 15 * 10**8), ("3K", 3000), ("1TB", 10**12)],
 )

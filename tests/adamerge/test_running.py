@@ -412,17 +412,17 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_read(models, tmp
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{bse: x}", "error: a recipe has no key 'bse': did you mean 'base'?"),
+        ("{bse: x}", "recipe.yaml: a recipe has no key 'bse': did you mean 'base'?"),
         ("[", "recipe.yaml cannot be read as YAML"),
         ("{base: x, base: y}", "recipe.yaml cannot be read as YAML: the key 'base' is given twice, in lines 1 and 1"),
-        (None, "cannot be read as YAML"),
+        (None, "error: there is no recipe "),
         (
             "{base: ., experts: {a: ~nobody-at-all/x}}",
-            "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
+            "recipe.yaml: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
         ),
         (
             "{base: ., experts: {a: .}, rules: [{Fisher: {statistics: ~nobody-at-all/x}}]}",
-            "error: ~nobody-at-all/x: there is no home folder",
+            "recipe.yaml: ~nobody-at-all/x: there is no home folder",
         ),
     ],
 )
@@ -453,7 +453,7 @@ def test_paths_may_begin_at_home(command, models, tmp_path, monkeypatch):
     for arguments in (("~nobody-at-all/x",), (models / "recipe.yaml", "--output", "~nobody-at-all/x")):
         assert command("merge", *arguments) == (
             1,
-            "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
+            "recipe.yaml: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
         )
 
 

@@ -77,11 +77,19 @@ def test_test_and_python_give_the_numbers_of_the_run(run, capsys):
     printed = capsys.readouterr().out
     for value in adapted.values():
         assert f"{100 * value:.1f}" in printed
+    assert f"accuracy in %, {run}/checkpoints/last.ckpt" in printed
     module = Adaptation.load_from_checkpoint(run / "checkpoints/last.ckpt")
     table = read_coefficients(run / "coefficients.json")
     assert table.rows == module.coefficients.table().rows
     images = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(module.merged.materialise()(images), module.merged(images))
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("extra", [[], ["--ckpt_path=last"]], ids=["none", "last, of which there is none"])
+def test_scores_of_the_start_say_that_nothing_was_learned(command, extra, capsys):
+    main(arguments(command, *extra))
+    assert "accuracy in %, as it begins: no checkpoint was given (--ckpt_path)" in capsys.readouterr().out
 
 
 def test_the_suite_of_a_checkpoint_can_be_another_one_with_the_same_models(run):
@@ -134,8 +142,11 @@ def test_overlays_change_what_they_name():
         ),
         ("--data.init_args.batch_size=three", r"data\.batch_size .*Expected int, got three"),
         ("--data.init_args.batch_size=0", "batch sizes must be positive"),
-        ("--trainer.max_step=3", r"--trainer\.max_step"),
-        ("--config=nothing.yaml", r"File does not exist: '.*nothing\.yaml'"),
+        ("--trainer.max_step=3", r"no argument --trainer\.max_step: did you mean '--trainer\.max_steps'\?"),
+        ("--micro_batches true", r"did you mean '--model\.init_args\.micro_batches'\?"),
+        ("--steps 3", r"did you mean '--trainer\.max_steps'\?"),
+        ("--wibblywob 3", "no argument --wibblywob: --help lists all"),
+        ("--config=nothing.yaml", r"there is no file nothing\.yaml$"),
         ("--ckpt_path=nothing.ckpt", r"nothing\.ckpt"),
         ("--model.init_args.suite=nowhere.Suite", "No module named 'nowhere'"),
         ("--model.init_args.suite=torch.nn.ReLU", "torch.nn.ReLU"),
@@ -166,13 +177,40 @@ def test_bad_input_ends_in_one_sentence_before_any_work(argument, message, capsy
     assert not list(Path().glob("runs/*/results.json"))
 
 
-def test_help_reads_well(capsys):
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("export", "--ckpt_path, --output"), ("export --output=o", "--ckpt_path"), ("predict", "--source")],
+)
+def test_an_argument_that_is_missing_is_named_as_it_is_typed(command, missing, capsys):
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert capsys.readouterr().err == f"error: the following arguments are required: {missing}\n"
+
+
+def helped(capsys, *command: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
+        main([*command, "--help"])
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_reads_well(capsys):
+    text = helped(capsys)
     for word in ("fit", "export", "configs/base.yaml"):
         assert word in text
+    listed = text.partition("Available subcommands:")[2].split("\n    ")
+    assert [line[:9] for line in listed[2:]] == ["fit      ", "validate ", "test     ", "predict  ", "export   "]
+    assert all(line.strip().endswith(".") for line in listed[2:]), "whole sentences of one line"
+
+
+@pytest.mark.parametrize("command", ["fit", "export"])
+def test_help_begins_with_what_a_run_is_made_of(command, capsys):
+    text = helped(capsys, command)
+    assert "<class" not in text
+    assert text.index("options:") < text.index("--seed_everything") < 1500, "after a short usage"
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    names = [title.split()[0] for title in titles if title.partition(" ")[0] not in ("default", "options:", "Linked")]
+    assert names == ["What", "The", "Of", "What", "When", "Lightning's"]
 
 
 def learned(path: Path) -> torch.Tensor:

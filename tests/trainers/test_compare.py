@@ -103,7 +103,8 @@ def test_a_title_that_two_share_has_the_file_s_name_added():
     ("arguments", "message"),
     [
         ("--suite suite.yaml --methods nothing.yaml", r"no such file: nothing\.yaml"),
-        ("--suite nowhere.yaml --methods tensor.yaml", r"no such file: nowhere\.yaml"),
+        ("--suite nowhere.yaml --methods tensor.yaml", r"no such file: nowhere\.yaml$"),
+        ("--suite suit.yaml --methods tensor.yaml", r"no such file: suit\.yaml: did you mean 'suite\.yaml'\?"),
         ("--suite suite.yaml --methods tensor.yaml --config no.yaml", r"no such file: no\.yaml"),
         ("--suite suite.yaml", "required: --methods"),
         ("--suite suite.yaml --methods", "--methods: expected at least one"),
@@ -114,7 +115,14 @@ def test_a_title_that_two_share_has_the_file_s_name_added():
         ("--suite away.yaml --methods tensor.yaml", r"away\.yaml names no suite .*No module named 'nowhere'"),
         ("--suite suite.yaml --methods tensor.yaml --seeds one", "--seeds: invalid int value: 'one'"),
         ("--suite suite.yaml --methods tensor.yaml --seeds 1 1", "seeds must be different numbers from 0 on, not 1 1"),
-        ("--suite suite.yaml --methods tensor.yaml --seed 1", "unrecognized arguments: --seed 1"),
+        (
+            "--suite suite.yaml --methods tensor.yaml --seed 1",
+            r"no argument --seed: did you mean '--seeds'\? What",
+        ),
+        (
+            "--suite suite.yaml --methods tensor.yaml --steps 1",
+            r"no argument --steps\. What is meant for every run",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_sentence_before_any_work(arguments, message, capsys):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from tiny_suite import TinySuite
 
 from adamerge.backbones import TinyViT
@@ -10,6 +11,12 @@ from modules import Head
 from trainers import evaluation
 from trainers.evaluation import accuracy, reference_rows
 from trainers.results import Results
+
+SETTINGS = {
+    "seed": 3, "guards": [], "fingerprints": {"base": "f" * 64},
+    "method": {"router": None, "by_part": {}, "phases": [{"eps": 1e-8, "share": None}]},
+    "versions": {"torch": torch.__version__},
+}  # fmt: skip
 
 
 def datasets(suite):
@@ -53,6 +60,17 @@ def test_reference_rows_are_computed_once_per_suite(suite, monkeypatch, tmp_path
     assert len(list((cache_folder() / "references").iterdir())) == 1
 
 
+def test_reference_rows_of_an_earlier_version_are_not_taken(suite, monkeypatch, tmp_path):
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(evaluation, "_VERSION", evaluation._VERSION - 1)
+    rows = reference_rows(suite, datasets(suite))
+    (kept,) = (cache_folder() / "references").iterdir()
+    kept.write_text(json.dumps({"of an earlier version": rows["base"]}))
+    monkeypatch.undo()
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path))
+    assert reference_rows(suite, datasets(suite)) == rows
+
+
 def test_the_users_own_model_is_left_alone(suite, monkeypatch):
     model = suite.backbone().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -72,7 +90,7 @@ def test_the_cache_knows_networks_apart_that_share_their_tensors(suite):
 
 def test_results_are_written_as_json_and_markdown(tmp_path, capsys):
     rows = {"experts": {"a": 0.8, "b": 0.5}, "this run, adapted": {"a": 0.4, "b": 0.5}}
-    results = Results("toy", ("a", "b"), rows, {"seed": 3, "fingerprints": {"base": "f" * 64}})
+    results = Results("toy", ("a", "b"), rows, SETTINGS)
     results.write(tmp_path)
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["rows"][1] == {
@@ -80,6 +98,9 @@ def test_results_are_written_as_json_and_markdown(tmp_path, capsys):
     }  # fmt: skip
     text = (tmp_path / "results.md").read_text()
     assert "| this run, adapted | 40.0 | 50.0 | 45.0 | 75.0 |" in text
-    assert "base ffffffffffff" in text
+    told = yaml.safe_load(text.partition("```yaml\n")[2].removesuffix("```\n"))
+    kept = {"method": {"phases": [{"eps": 1e-8}]}, "fingerprints": {"base": "f" * 12}}
+    assert told == {"seed": 3, "versions": {"torch": str(torch.__version__)}, **kept}
+    assert {name: saved[name] for name in SETTINGS} == SETTINGS, "nothing is left out of the JSON"
     results.show()
     assert "this run, adapted" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def refused(capsys, *arguments: str) -> str:
         # keys
         ("modle: {}", "'modle' is no key: did you mean 'model'?"),
         ("trainer: {max_step: 3}", "'trainer.max_step' is no key: did you mean 'max_steps'?"),
-        ("trainer.max_step: 3", "'trainer.max_step' is no key: did you mean"),
+        ("trainer.max_step: 3", "'trainer.max_step' is no key: did you mean 'trainer.max_steps'?"),
         ("model: {init_args: {suit: 3}}", "Option 'suit' is not accepted: did you mean 'suite'?"),
         (COEFFICIENTS.format("grian: tensor"), "model.coefficients (modules.Coefficients): Option 'grian' is not"),
         ("'': 3", "'' is no key; there are checkpoint"),
@@ -98,7 +98,7 @@ def test_an_overlay_that_is_no_file(capsys):
     assert refused(capsys, "--config=folder") == "folder: this is a folder: give a YAML file in it"
     assert refused(capsys, "--config=/dev/null") == "/dev/null: this is no file: give one of YAML"
     assert refused(capsys, "--config=large.yaml").startswith("large.yaml: this file has more than 4000000 bytes")
-    assert refused(capsys, "--config=nowhere.yaml") == "--config: File does not exist: 'nowhere.yaml'"
+    assert refused(capsys, "--config=nowhere.yaml") == "--config: there is no file nowhere.yaml"
 
 
 def test_the_overlay_that_is_wrong_is_named(capsys):
@@ -125,6 +125,23 @@ def test_the_overlay_that_is_wrong_is_named(capsys):
 def test_what_no_run_can_have(overlay, message, capsys):
     """Of any overlay, or of what is given beside it."""
     assert message in refused(capsys, f"--config={{{overlay}}}")
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ("my/quickstrat.yaml", ": did you mean 'quickstart.yaml'?"),
+        ("my/quickstart", ": did you mean 'quickstart.yaml'?"),
+        ("my/other.yaml", ""),
+        ("your/quickstart.yaml", ""),
+        (f"{'x' * 300}/quickstart.yaml", ""),
+    ],
+)
+def test_an_overlay_that_is_not_there(given, end, capsys):
+    Path("my").mkdir()
+    for name in ("quickstart.yaml", "static_ties.yaml", "README.md"):
+        Path("my", name).touch()
+    assert refused(capsys, f"--config={given}") == f"--config: there is no file {given}{end}"
 
 
 def test_an_overlay_says_what_its_author_means():

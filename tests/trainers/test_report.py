@@ -21,7 +21,7 @@ from modules import (
     Surgery,
     TaskIdentity,
 )
-from trainers import Adaptation, Static, Stream
+from trainers import Adaptation, Joint, Static, Stream
 from trainers.phases import Phase
 from trainers.report import Report, budget, information
 
@@ -92,6 +92,15 @@ def test_the_budget_is_logged_and_written(adapt, tmp_path, caplog):
     assert "from: images, the task of each image, the experts' outputs; no labels" in caplog.text
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["information"] == ["images", "task id", "teacher"]
+
+
+@pytest.mark.parametrize(("program", "learned", "timed"), [(Static, 0, False), (Joint, 3, True)])
+def test_a_step_has_a_time_where_it_learns(adapt, tmp_path, program, learned, timed):
+    report = Report(references=False, figures=False)
+    adapt(steps=1, callbacks=[report], coefficients=Coefficients("model"), program=program())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["learned_parameters"] == learned
+    assert (results["seconds_per_step"] is not None) == timed
 
 
 @pytest.mark.parametrize(
