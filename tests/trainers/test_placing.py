@@ -1,11 +1,15 @@
 """Images in 8 bits on the device that computes: the same floats, read once, where they fit."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_adaptation import learned
 from tiny_suite import TinySuite
+from torch.utils import backend_registration
 
 from adamerge import InputError
 from adamerge.corruptions import GaussianNoise, Jpeg
@@ -162,6 +166,33 @@ def test_data_sets_of_others_are_left_as_they_are():
     other = torch.utils.data.TensorDataset(torch.ones(2, 3, 4, 4), torch.zeros(2))
     assert in_bytes(other) is other
     assert place({"one": (other, other)}, CPU, 0, True) == {"one": (other, other)}
+
+
+ELSEWHERE = """
+from elsewhere import *
+from test_methods import build
+module, stream = build("adamerging")
+for keep in (True, False):
+    stream.images_on_device = keep
+    with elsewhere():
+        trainer().fit(module, datamodule=stream)
+        module.to(DEVICE)  # where it was while it ran
+        near, _ = stream._parts()["one"]
+        images, labels = near.batch(torch.tensor([3, 1]))
+    assert (near.keep, images.device, labels.device.type) == (keep, DEVICE, "cpu")
+    assert not keep or near._kept.device == DEVICE
+    assert torch.equal(images.held, module.suite.dataset("one", "test").batch(torch.tensor([3, 1]))[0])
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
+)
+def test_a_run_on_a_device_that_refuses_tensors_of_the_cpu():
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
