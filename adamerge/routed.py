@@ -1,5 +1,9 @@
 """Linear layers whose weights differ from group to group of a batch: W_g = W₀ + Σₖ w_gk τₖ."""
 
+import os
+from collections.abc import Mapping
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +11,7 @@ from torch import Tensor
 from adamerge import ops
 from adamerge.compositions import Composition, routed_product
 from adamerge.deltas import AnyDeltas, Deltas, LowRank
+from adamerge.errors import InputError, did_you_mean
 
 #: What it costs to read or to write one element, in multiply-adds of a large matrix product.
 MOVE = 20
@@ -46,14 +51,25 @@ def routed_linear(
             y = F.linear(x, (matrix.T if transposed else matrix).to(x.dtype))
         else:
             backward = torch.is_grad_enabled() and (x.requires_grad or routing.requires_grad)
-            price = costs(len(x), x.shape[1], matrix, deltas, backward)
-            y = routed_product(x, routing, matrix, deltas, transposed, min(price, key=price.__getitem__))
+            way = composition(costs(len(x), x.shape[1], matrix, deltas, backward))
+            y = routed_product(x, routing, matrix, deltas, transposed, way)
         return y if bias is None else y.add_(routed_rows(routing, *bias).to(x.dtype).unsqueeze(1))
 
 
 def routed_rows(routing: Tensor, bias: Tensor, deltas: AnyDeltas | None) -> Tensor:
     """[G, O] vectors b₀ + Σₖ w_gk τₖ, one per group."""
     return bias.expand(len(routing), -1) if deltas is None else ops.weighted_sum(routing, bias, deltas)
+
+
+def composition(price: Mapping[Composition, float]) -> Composition:
+    """The way that costs least; or that which ADAMERGE_COMPOSITION names in the environment, where it can be taken.
+
+    Raises InputError for another name.
+    """
+    asked = os.environ.get("ADAMERGE_COMPOSITION", "")
+    if asked and asked not in get_args(Composition):
+        raise InputError(f"ADAMERGE_COMPOSITION={asked}{did_you_mean(asked, get_args(Composition))}")
+    return next((way for way in price if way == asked), min(price, key=price.__getitem__))
 
 
 def costs(

@@ -42,6 +42,8 @@ SIZES = {
     }.items()
 }
 CLASSES = 100
+#: How steps compute, by device.
+PRECISION = {"cpu": "float32", "cuda": "bfloat16 autocast"}
 RANK = 16
 TRAINING, ADAPTATION = "training step", "adaptation step"
 IN_PARTS = "adaptation step, micro-batches"
@@ -161,12 +163,18 @@ class Bench:
         return step
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def precision(device: str) -> torch.autocast:
+    """The context of every step; see `PRECISION`."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
     """Wall time of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step()
+    with precision(device):
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -188,19 +196,16 @@ def ratios(bench: Bench, device: str, repeats: int, micro_batch: int) -> dict[st
 def peak_memory(
     size: str, experts: int, per_task: int, device: str, kind: str, micro_batch: int, queue: "Queue[list[float]]"
 ) -> None:
-    """Gigabytes (resident set on the CPU, allocator on a GPU): the peak of two steps, and what the libraries take."""
-
-    def peak() -> float:
-        return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
-
-    libraries = peak()
+    """Gigabytes: the peak of two steps, and what the libraries take."""
+    libraries = peak(device)
     bench = Bench(size, experts, per_task, device)
     step = bench.step(kind, micro_batch)
     if kind != TRAINING:
         bench.tower = nn.Identity()  # type: ignore[assignment]  the merge shares its weights
-    for _ in range(2):
-        step()
-    queue.put([peak(), libraries])
+    with precision(device):
+        for _ in range(2):
+            step()
+    queue.put([peak(device), libraries])
 
 
 def peak_of(*arguments: object) -> list[float]:
@@ -212,6 +217,11 @@ def peak_of(*arguments: object) -> list[float]:
     found = queue.get()
     worker.join()
     return found
+
+
+def peak(device: str) -> float:
+    """Gigabytes that this process took at most so far: resident on the CPU, in torch's tensors on a GPU."""
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
 
 
 def peak_resident() -> int:
@@ -235,7 +245,7 @@ def main() -> None:
 
     times = ratios(Bench(args.size, args.experts, args.images, args.device), args.device, args.repeats, micro_batch)
     malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, float32"
+    title = f"{args.size}, K = {args.experts}, {args.images} images per task, {args.device}, {PRECISION[args.device]}"
     table = Table(title=title, caption=" ".join(f"{name}={value}" for name, value in malloc.items()))
     columns = ("", "seconds", "ratio", "to", *(("peak memory", "of it, libraries") if args.memory else ()))
     for name in columns:
@@ -247,13 +257,14 @@ def main() -> None:
             peaks[name], libraries = peak_of(args.size, args.experts, args.images, args.device, name, micro_batch)
             memory = [f"{peaks[name]:.2f} GB", f"{libraries:.2f} GB"]
         shown = name.replace("micro-batches", f"micro-batches of {micro_batch}")
-        table.add_row(shown, f"{value:.2f}", f"{value / times[KINDS[name]]:.3f}", KINDS[name], *memory)
+        table.add_row(shown, f"{value:.3g}", f"{value / times[KINDS[name]]:.3f}", KINDS[name], *memory)
     console = Console(width=160)
     console.print(table)
     machine = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
+        "precision": PRECISION[args.device],
         "micro_batch": micro_batch,
         **malloc,
     }

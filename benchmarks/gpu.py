@@ -1,6 +1,7 @@
 """Everything that needs a GPU: `python -m benchmarks.gpu`, its tests first, then time and memory there.
 
-Says in a sentence where there is none. Steps run in bfloat16 autocast; deltas, sums and coefficients in float32.
+Says in a sentence where there is none. Steps run in bfloat16 autocast; deltas, sums and coefficients in float32. What a
+part prints says for itself where it is otherwise: routed layers alone (`compositions`) run in float32.
 """
 
 import platform
@@ -14,8 +15,18 @@ from rich.console import Console
 COMMANDS = (
     "pytest -q -m gpu",
     "benchmarks.adaptation_step --device cuda",
-    "benchmarks.scaling --device cuda --only step experts memory evaluation --repeats 5",
-    "benchmarks.scaling --device cuda --only step memory --size ViT-L/14 --repeats 5",
+    "benchmarks.adaptation_step --device cuda --size ViT-B/16",
+    "benchmarks.adaptation_step --device cuda --size ViT-L/14",
+    "benchmarks.scaling --device cuda --only step experts storage memory evaluation --repeats 5",
+    "benchmarks.scaling --device cuda --only step memory evaluation --size ViT-B/16 --repeats 5",
+    "benchmarks.scaling --device cuda --only step memory evaluation --size ViT-L/14 --repeats 5",
+    "benchmarks.scaling --device cuda --only large --size ViT-L/14 --place memory",
+    "benchmarks.scaling --device cuda --only large --size ViT-L/14 --place host",
+    "benchmarks.compositions --device cuda",
+    "benchmarks.teachers --device cuda",
+    "benchmarks.idle --device cuda",
+    "benchmarks.idle --device cuda --size ViT-L/14",
+    "train fit --config configs/quickstart.yaml --name gpu --trainer.accelerator gpu --trainer.devices 1",
 )
 
 
@@ -29,7 +40,11 @@ def main() -> None:
         return
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
     console.print(f"{torch.cuda.get_device_name()}, {versions}, {date.today():%d %B %Y}")
-    failed = [command for command in COMMANDS if subprocess.run([sys.executable, "-m", *command.split()]).returncode]
+    failed = []
+    for command in COMMANDS:
+        console.print(f"\npython -m {command}")
+        if subprocess.run([sys.executable, "-m", *command.split()]).returncode:
+            failed.append(command)
     for command in failed:
         console.print(f"failed: python -m {command}")
     sys.exit(len(failed))

@@ -6,9 +6,10 @@ Each figure is a ratio to something measured in the same run, in turns. On a GPU
 - step: a layer-wise AdaMerging step, an ordinary training step on the same images, and a straightforward
   implementation (weights are a sum of products that autograd sees; one forward and one backward pass per task);
 - experts: seconds that one more expert adds to a step, over reading its deltas twice;
-- storage: bytes and seconds of a step with deltas in fewer bits or on disk;
+- storage: bytes and seconds of a step with deltas in fewer bits, sparse, of low rank, in host memory or on disk;
 - memory: the peak of a step in micro-batches, over the sum of what it needs;
-- large: the peak and the seconds of a step on two images with 64 experts in 8 bits on disk (of ViT-L/14, 20 GB of it);
+- large: the peak and the seconds of a step with 64 experts in 8 bits (of ViT-L/14, 20 GB), on two images with the CPU,
+  an image of each task with a GPU; `--place` says where they are;
 - evaluation: images per second of a static merge, over those of the plain model;
 - start: `train.py --help` and the first step of `fit`, beside the import of torch and lightning.
 """
@@ -32,9 +33,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge import TaskVectors
+from adamerge.deltas import AnyDeltas, Sparse
 from adamerge.memory import kept
 from adamerge.rules import Store
-from benchmarks.adaptation_step import ADAPTATION, IN_PARTS, SIZES, TRAINING, Bench, peak_resident, seconds
+from benchmarks.adaptation_step import (
+    ADAPTATION,
+    IN_PARTS,
+    PRECISION,
+    RANK,
+    SIZES,
+    TRAINING,
+    Bench,
+    peak,
+    precision,
+    seconds,
+)
 from benchmarks.start import start
 from modules import Coefficients, MergedModel
 
@@ -51,8 +64,7 @@ def in_turns(
         for repeat in range(repeats + 1):
             for name, step in steps.items():
                 busy = time.process_time()
-                with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-                    elapsed = seconds(step, device)  # type: ignore[arg-type]
+                elapsed = seconds(step, device)
                 if repeat:
                     times[name].append((elapsed, time.process_time() - busy))
     if processor is not None:
@@ -122,20 +134,27 @@ def storage(args: argparse.Namespace) -> dict[str, float]:
     bench, found = Bench("small", 32, 1, args.device), {}
     bench.images = bench.images[:1].repeat(2, 1, 1, 1, 1)
     steps: dict[str, Callable[[], object]] = {}
-    for dtype, place in (
-        ("same", "memory"),
-        ("bfloat16", "memory"),
-        ("int8", "memory"),
-        ("same", "disk"),
-        ("int8", "disk"),
-    ):
-        vectors = Store(dtype, place)(bench.dense)  # type: ignore[arg-type]
+    for name, vectors in stored(bench, args.device):
         model = MergedModel(bench.tower, vectors, Coefficients()).requires_grad_(True)
-        name = f"{dtype.replace('same', 'float32')} in {place}"
         found[f"GB, {name}"] = sum(d.nbytes for n in model.coefficients.rows if (d := model.delta(n)) is not None) / 1e9
         steps[name] = bench.adaptation_step(model, 0)
     times = in_turns(steps, args.device, 5 * args.repeats)
     return {**found, **{f"step, {name}": value for name, value in times.items()}}
+
+
+def stored(bench: Bench, device: str) -> Iterator[tuple[str, TaskVectors]]:
+    """The same experts, and the name of how and where they are; of those in fewer numbers, others."""
+    places = {"memory": "in memory", "disk": "on disk"} | ({"host": "in host memory"} if device == "cuda" else {})
+    for place, where in places.items():
+        for dtype in ("same", "bfloat16", "int8"):
+            yield f"{dtype.replace('same', 'float32')} {where}", Store(dtype, place)(bench.dense)  # type: ignore[arg-type]
+
+    def tenth(_: str, deltas: AnyDeltas) -> AnyDeltas:
+        assert isinstance(deltas, Tensor)
+        return Sparse.from_dense(deltas * (torch.rand_like(deltas) < 0.1))
+
+    yield "sparse, a tenth of all numbers", bench.dense.changed(tenth)
+    yield f"rank {RANK}", bench.factored
 
 
 def memory(args: argparse.Namespace) -> dict[str, float]:
@@ -151,10 +170,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _memory(size: str, count: int, images: int, device: str, queue: "Queue[dict[str, float]]") -> None:
-    def peak() -> float:
-        return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()) / 1e9
-
-    parts = {"libraries": peak()}
+    parts = {"libraries": peak(device)}
     bench = Bench(size, count, images, device)
     model = bench.merged(ADAPTATION)
     weights = sum(value.nbytes for value in bench.tower.state_dict().values()) / 1e9
@@ -162,10 +178,11 @@ def _memory(size: str, count: int, images: int, device: str, queue: "Queue[dict[
     parts |= {"weights": weights, "images": bench.images.nbytes / 1e9, "merged weights": weights, "gradients": weights}
     parts["deltas"] = sum(d.nbytes for name in model.coefficients.rows if (d := model.delta(name)) is not None) / 1e9
     run = bench.adaptation_step(model, images)
-    for _ in range(2):
-        run()
-    parts["peak"] = peak()
-    parts["activations"] = activations(model, bench.images[0]) / 1e9
+    with precision(device):
+        for _ in range(2):
+            run()
+        parts["peak"] = peak(device)
+        parts["activations"] = activations(model, bench.images[0]) / 1e9
     queue.put(parts)
 
 
@@ -188,25 +205,28 @@ def activations(model: nn.Module, images: Tensor) -> int:
 
 
 def large(args: argparse.Namespace) -> dict[str, float]:
-    """Memory and seconds of a step with 64 experts that are stored in 8 bits on disk.
+    """Memory and seconds of a step with 64 experts that are stored in 8 bits.
 
-    What the system keeps of these files in memory, and drops where memory is short, counts as "mapped".
+    What the system keeps of files in memory, and drops where memory is short, counts as "mapped".
     """
-    bench, store = Bench(args.size, EXPERTS[-1], 1, args.device), Store("int8", "disk")
-    bench.images = bench.images[:2]
-    peak: dict[str, float] = {}
-    with sampled(peak):
+    bench, store = Bench(args.size, EXPERTS[-1], 1, args.device), Store("int8", args.place)
+    on_gpu, peaks = args.device == "cuda", dict[str, float]()
+    bench.images = bench.images if on_gpu else bench.images[:2]
+    with sampled(peaks):
         likes = {name: value for name, value in bench.base.items() if value.is_floating_point()}
         deltas = {name: store.stored(name, bench.random(*like.shape), like) for name, like in likes.items()}
         model = MergedModel(bench.tower, TaskVectors(bench.base, deltas, bench.tasks, fingerprints={}), Coefficients())
-        step = bench.adaptation_step(model.requires_grad_(True), 1)
+        if on_gpu:  # storing took float32 for a while
+            torch.cuda.reset_peak_memory_stats()
+        step = bench.adaptation_step(model.requires_grad_(True), 16 if on_gpu else 1)
         times = in_turns({"step": step}, args.device, 2)
+    peaks |= {"on the GPU": peak("cuda")} if on_gpu else {}
     bytes_stored = sum(d.nbytes for name in model.coefficients.rows if (d := model.delta(name)) is not None)
-    return {"GB of deltas": bytes_stored / 1e9, **{f"GB at the peak, {n}": v for n, v in peak.items()}, **times}
+    return {"GB of deltas": bytes_stored / 1e9, **{f"GB at the peak, {n}": v for n, v in peaks.items()}, **times}
 
 
 @contextmanager
-def sampled(peak: dict[str, float]) -> Iterator[None]:
+def sampled(peaks: dict[str, float]) -> Iterator[None]:
     """Within the block, the most memory in GB that the process's own pages take, and those of files (Linux)."""
     stop = threading.Event()
 
@@ -214,7 +234,7 @@ def sampled(peak: dict[str, float]) -> Iterator[None]:
         while not stop.wait(0.05):
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             for name, field in (("own", "RssAnon"), ("mapped", "RssFile"), ("both", "VmRSS")):
-                peak[name] = max(peak.get(name, 0.0), int(status[field].split()[0]) * 1024 / 1e9)
+                peaks[name] = max(peaks.get(name, 0.0), int(status[field].split()[0]) * 1024 / 1e9)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -256,13 +276,15 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images", type=int, default=16, help="per task")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--place", choices=["memory", "host", "disk"], default="disk", help="of `large`")
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     console, found = Console(), {}
     for part in args.only:
         begun = time.perf_counter()
         found[part] = PARTS[part](args)
-        table = Table(title=f"{part} ({time.perf_counter() - begun:.0f} s)", show_header=False)
+        title = f"{part}, {args.device}, {PRECISION[args.device]} ({time.perf_counter() - begun:.0f} s)"
+        table = Table(title=title, show_header=False)
         for name, value in found[part].items():
             table.add_row(name, f"{value:.{max(0, 2 - math.floor(math.log10(abs(value) or 1)))}f}")
         console.print(table)

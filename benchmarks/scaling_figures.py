@@ -1,15 +1,18 @@
 """How a step grows with experts, parameters, images and processes: `python -m benchmarks.scaling_figures`.
 
 Every point is a process of its own: seconds of an AdaMerging step and of a training step on the same images (medians of
-three to nine, in turns), and the adaptation's peak memory. Points go to `figures/scaling.json`, curves to
-`figures/*.png`; `--only` measures some of the axes again and keeps what is there of the others.
+three to nine, in turns), and the adaptation's peak memory, on the CPU in float32. Points go to `figures/scaling.json`
+with the machine and the day, curves to `figures/*.png`, which say what stays the same; `--only` measures some of the
+axes again and keeps what is there of the others.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 from dataclasses import asdict, dataclass
+from datetime import date
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,12 @@ AXES = {
     "parameters": [Point(size=size, experts=2, images=8) for size in ("1M", "8M", "30M", "90M", "300M")],
     "images": [Point(size="1M", images=count) for count in (16, 32, 64, 128, 256, 512)],
     "processes": [Point(experts=32, images=32, processes=count) for count in (1, 2)],
+}
+LABELS = {
+    "experts": "experts (K)",
+    "parameters": "parameters (P)",
+    "images": "images a step",
+    "processes": "processes",
 }
 
 
@@ -106,27 +115,54 @@ def measured(point: Point) -> dict[str, float]:
 
 
 def draw(axis: str, points: list[dict[str, Any]]) -> None:
-    """Seconds on the left, memory on the right."""
+    """Seconds on the left, memory on the right; the title has what is the same at all points."""
     places = [point[axis] for point in points]
     names = [f"{place / 1e6:.0f} M" if axis == "parameters" else f"{place}" for place in places]
-    growing = axis in ("parameters", "images")  # in proportion, so that a line shows it
+    if axis == "experts":  # no name beside another
+        names = [
+            name if place - before > places[-1] / 20 else ""
+            for name, place, before in zip(names, places, [-places[-1], *places[:-1]], strict=True)
+        ]
+    growing = axis in ("parameters", "images")  # over orders of magnitude, in proportion: a line on two such axes
     with style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
         for name in (ADAPTATION, TRAINING):
             left.plot(places, [point[name] for point in points], marker="o", label=name)
         right.plot(places, [point["gigabytes"] for point in points], marker="o", label=ADAPTATION)
-        for axes, label in ((left, "seconds"), (right, "GB per process")):
-            axes.set(xlabel=axis, ylabel=label, xscale="log")
-            if not growing:
-                axes.set(ylim=(0, None))
-            else:
-                axes.set(yscale="log")
+        for axes, label in ((left, "seconds"), (right, "GB per process, at the peak")):
+            axes.set(xlabel=LABELS[axis], ylabel=label)
+            if growing:
+                axes.set(xscale="log", yscale="log")
                 axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            else:
+                axes.set(ylim=(0, None))
             axes.set_xticks(places, names)
             axes.minorticks_off()
             axes.legend(frameon=False)
+        figure.suptitle(title(axis, points), fontsize=9)
         save(figure, FIGURES / f"{axis}.png")
         plt.close(figure)
+
+
+def title(axis: str, points: list[dict[str, Any]]) -> str:
+    """What is the same at all points of an axis, and where and when they were measured."""
+    shown = {
+        "experts": lambda point: f"K = {point['experts']} experts",
+        "parameters": lambda point: f"P = {point['parameters'] / 1e6:.1f} M parameters",
+        "images": lambda point: f"{point['images']} images a step",
+        "processes": lambda point: "1 process" if point["processes"] == 1 else f"{point['processes']} processes",
+    }
+    fixed = [words(points[0]) for name, words in shown.items() if name != axis]
+    where = [points[0].get("machine", ""), points[0].get("date", "")]
+    return "\n".join(", ".join(filter(None, line)) for line in (fixed, where) if any(line))
+
+
+def machine() -> dict[str, str]:
+    """Where and when a point is measured."""
+    return {
+        "machine": f"{os.cpu_count()} CPU cores, float32, torch {torch.__version__}",
+        "date": f"{date.today():%d %B %Y}",
+    }
 
 
 def main() -> None:
@@ -137,7 +173,7 @@ def main() -> None:
     file = FIGURES / "scaling.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     for axis in parser.parse_args().only:
-        found[axis] = [measured(point) for point in AXES[axis]]
+        found[axis] = [{**measured(point), **machine()} for point in AXES[axis]]
         file.write_text(json.dumps(found, indent=1) + "\n")
     for axis, points in found.items():
         draw(axis, points)

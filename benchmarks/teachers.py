@@ -30,32 +30,39 @@ from trainers import Adaptation, Stream
 ADAMERGING = "AdaMerging"
 
 
+def now() -> float:
+    """Seconds, when a GPU has done what it was asked to."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(L.Callback):
     """Seconds of every step, and of the whole loop."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps: list[float] = []
-        self.begun = time.perf_counter()
+        self.begun = now()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.since = time.perf_counter()
+        self.since = now()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.steps.append(time.perf_counter() - self.since)
+        self.steps.append(now() - self.since)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = now() - self.begun
 
 
 def run(
-    steps: int, objective: Objective, learn: list[str], correction: Correction | None = None
+    device: str, steps: int, objective: Objective, learn: list[str], correction: Correction | None = None
 ) -> tuple[Clock, Adaptation]:
     """Adapt on the training images of Mini, 1,000 of each task, 16 at a step."""
     module = Adaptation(Mini(), Coefficients(), objective, correction=correction, learn=learn)
     clock, stream = Clock(), Stream(batch_size=16, train_split="train", per_task=1000)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="cpu", max_steps=steps, callbacks=[clock], logger=False, enable_checkpointing=False,
+            accelerator=device, devices=1, max_steps=steps, callbacks=[clock], logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=folder,
         )  # fmt: skip
         trainer.fit(module, datamodule=stream)
@@ -63,22 +70,22 @@ def run(
 
 
 @torch.no_grad()
-def one_pass(module: Adaptation) -> float:
+def one_pass(module: Adaptation, device: str) -> float:
     """Seconds of the merge and of every expert on 1,000 images of each task."""
     stream: Stream = module.trainer.datamodule  # type: ignore[attr-defined]
-    model, datasets, begun = module.suite.backbone().eval(), stream.steps().datasets, time.perf_counter()
+    model, datasets, begun = module.suite.backbone().eval().to(device), stream.steps().datasets, now()
     with kept():  # as the run does
         for _ in ("merge", "expert"):
             for dataset in datasets.values():
                 for part in torch.arange(1000).split(stream.eval_batch_size):
-                    model(fetch(dataset, part)[0])
-    return time.perf_counter() - begun
+                    model(fetch(dataset, part)[0].to(device))
+    return now() - begun
 
 
 def surgery(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of 1,000 steps, and what they take beyond one pass."""
-    clock, module = run(1000, RepresentationL1(), ["correction"], Surgery())
-    passed = statistics.median(one_pass(module) for _ in range(3))
+    clock, module = run(args.device, 1000, RepresentationL1(), ["correction"], Surgery())
+    passed = statistics.median(one_pass(module, args.device) for _ in range(3))
     return {
         "1,000 steps": clock.seconds, "their first, which looks ahead": clock.steps[0], "one pass": passed,
         "beyond one pass": clock.seconds - passed,
@@ -98,7 +105,7 @@ def steps(args: argparse.Namespace) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(args.repeats + 1):
         for name, parts in kinds.items():
-            measured = run(args.length, *parts())[0].steps[1:]  # the first looks ahead
+            measured = run(args.device, args.length, *parts())[0].steps[1:]  # the first looks ahead
             times[name] += measured if repeat else []  # the first round warms up
     found = {name: statistics.median(values) for name, values in times.items()}
     ratios = {f"{name} / {ADAMERGING}": found[name] / found[ADAMERGING] for name in kinds if name != ADAMERGING}
@@ -113,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--length", type=int, default=15, help="steps of one run of `steps`")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

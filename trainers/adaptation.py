@@ -313,7 +313,7 @@ class Adaptation(LearningModule):
         if self._blank and not float(norm):
             self.finite.leave_out(self.trainer.global_step + 1)
             optimizer.zero_grad(set_to_none=True)
-        elif not scaled and not self.finite.passes(norm, self.trainer.global_step + 1):
+        elif not scaled and not self.finite.passes(norm, self.trainer.global_step + 1, optimizer):
             optimizer.zero_grad(set_to_none=True)  # what has no gradient is not moved
         if (values := self.coefficients().detach()).numel():
             stats = {"mean": values.mean(), "min": values.min(), "max": values.max()}
@@ -322,6 +322,9 @@ class Adaptation(LearningModule):
         step, every = self.trainer.global_step + 1, max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step % every == 0 or step in (1, self.trainer.max_steps):
             self.log_dict(self._figures)
+
+    def on_train_epoch_end(self) -> None:
+        self.finite.settle()
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.should_stop:  # what a logger takes up then is of this step

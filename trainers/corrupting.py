@@ -47,13 +47,16 @@ class Corrupted(Dataset[tuple[Tensor, int]]):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As `adamerge.data.fetch`."""
-        images, labels = fetch(self.dataset, indices)
+        given, labels = fetch(self.dataset, indices)
+        in_bytes = given.dtype == torch.uint8
+        images = self.preprocess.normalize(given) if in_bytes else given
         mean, std = (torch.tensor(stats).view(3, 1, 1) for stats in (self.preprocess.mean, self.preprocess.std))
-        for image, index in zip(images, indices.tolist(), strict=True):
+        for image, out, index in zip(images, given, indices.tolist(), strict=True):
             rng = generator(self.seed, "corruption", self.task, _origin(self.dataset, index))
             seen = self.corruptions[int(self.which[index])](image * std + mean, rng)
-            image.copy_(((255 * seen).round() / 255 - mean) / std)  # 8 bits, as a file would have
-        return images, labels
+            seen = (255 * seen).round()  # 8 bits, as a file would have
+            out.copy_(seen if in_bytes else (seen / 255 - mean) / std)
+        return given, labels
 
 
 def preprocess_of(dataset: Any, task: str) -> Preprocess:

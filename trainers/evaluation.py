@@ -130,7 +130,7 @@ def _key(
         count = len(dataset)  # type: ignore[arg-type]
         images, _ = fetch(dataset, torch.linspace(0, count - 1, min(count, 64)).long())
         labels = labels_of(dataset)
-        state = {**head.state_dict(), "images": images, "labels": labels}
+        state = {**head.state_dict(), "images": images.cpu(), "labels": labels}
         digest.update(f"{task}|{head.normalize}|{head.scale}|{fingerprint(state)}".encode())
     return digest.hexdigest()[:24]
 

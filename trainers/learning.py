@@ -12,6 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from adamerge import InputError
 from adamerge.checkpoints import load_torch
 from adamerge.plain_files import check_classes
+from trainers.finite import fuse
 from trainers.phases import PARTS, Phase
 from trainers.scoring import ScoredModule
 
@@ -63,9 +64,11 @@ class LearningModule(ScoredModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rates = {part: {"lr": rate} for part, rate in self.learning_rates.items()}
         groups = self.learned_by_part().items()
-        return optimizing(
+        optimizer = optimizing(
             self.optimizer, [{"params": parameters, **rates.get(part, {})} for part, parameters in groups]
         )
+        fuse(optimizer)
+        return optimizer
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is learned, and a router, which begins at random."""

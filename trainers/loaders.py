@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from adamerge import InputError
 from adamerge.data import fetch_readable
 from trainers.loading import load
+from trainers.placing import placed
 from trainers.steps import Steps
 
 
@@ -30,6 +31,17 @@ class EvalChunks(Dataset[tuple[Tensor, Tensor]]):
         _, images, labels = fetch_readable(self.dataset, places)
         return images, labels
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is nothing to load, since images stay where they are used."""
+        near = placed(self.dataset)
+        return near is not None and near.keep
+
+    def arrived(self, item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """An item that a worker process gave, as this one would have."""
+        near = placed(self.dataset)
+        return (near.floats(item[0]) if near else item[0]), item[1]
+
 
 class StepLoader:
     """Loads items in order, with worker processes or without, from the first one that is still to do.
@@ -38,17 +50,21 @@ class StepLoader:
     resume, and does: wherever an iteration begins, it goes on at `first()`.
 
     Args:
-        items: a data set whose items are whole batches.
+        items: whose items are whole batches.
         count: how many there are in all.
         num_workers: worker processes; 0 loads in this one.
         first: the first item of an iteration, asked when it begins.
     """
 
-    def __init__(self, items: Dataset[Any], count: int, num_workers: int, first: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, items: Steps | EvalChunks, count: int, num_workers: int, first: Callable[[], int] = lambda: 0
+    ) -> None:
         self.items, self.count, self.num_workers, self.first = items, count, num_workers, first
 
     def __iter__(self) -> Iterator[Any]:
-        return load(self.items, range(self.first(), self.count), self.num_workers)
+        workers = 0 if self.items.at_hand else self.num_workers
+        loaded = load(self.items, range(self.first(), self.count), workers)
+        return map(self.items.arrived, loaded) if workers else loaded
 
     def __len__(self) -> int:
         return self.count

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge.data import fetch, fetch_readable, labels_of
+from trainers.placing import placed
 
 #: Images and their positions in the data set, by task.
 Batch = dict[str, dict[str, Tensor]]
@@ -46,6 +47,18 @@ class Steps(Dataset[Batch], ABC):
                 batch[task]["labels"] = labels
         return batch
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is nothing to load, since images stay where they are used."""
+        near = map(placed, self.datasets.values())
+        return all(each is not None and each.keep for each in near)
+
+    def arrived(self, batch: Batch) -> Batch:
+        """A batch that a worker process gave, as this one would have."""
+        near = {task: placed(self.datasets[task]) for task in batch}
+        parts = ((task, part, near[task]) for task, part in batch.items())
+        return {task: {**part, "images": on.floats(part["images"])} if on else part for task, part, on in parts}
+
     @abstractmethod
     def indices_of(self, step: int) -> dict[str, Tensor]:
         """Positions of this process's images of a step, by task."""
@@ -73,6 +86,13 @@ class Untold(Steps):
     def __getitem__(self, step: int) -> Batch:
         batch = self.steps[step]
         return {task: {**part, "index": part["index"] + self.starts[task]} for task, part in batch.items()}
+
+    @property
+    def at_hand(self) -> bool:
+        return self.steps.at_hand
+
+    def arrived(self, batch: Batch) -> Batch:
+        return self.steps.arrived(batch)
 
     def indices_of(self, step: int) -> dict[str, Tensor]:
         return {task: index + self.starts[task] for task, index in self.steps.indices_of(step).items()}

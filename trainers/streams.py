@@ -1,6 +1,6 @@
 """The test stream: batches of images of some tasks, each a pure function of (seed, step)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -15,6 +15,7 @@ from adamerge.suites import Split, Suite
 from trainers.corrupting import Corrupted
 from trainers.loaders import StepLoader, scoring_loaders, training_loader
 from trainers.orders import Order, OrderedSteps, arranged
+from trainers.placing import Parts, in_bytes, place
 from trainers.seeding import generator
 from trainers.settings import settings
 from trainers.steps import Steps, Untold
@@ -52,6 +53,9 @@ class Stream(L.LightningDataModule):
         corruptions: of the images that are scored, and adapted on where they are of the same split (see
             `adamerge.corruptions`). Several, in an `order`, take turns: each has its part of the stream, one after
             another, and what is scored alone has the last.
+        images_on_device: whether images stay in 8 bits on the device that computes once they were read, so that none is
+            read or moved twice; worker processes read all of a task at its first image. Default: on a GPU, where they
+            take half of its free memory at most.
         task_known: whether a run is told of which task the images are that it adapts on. If not, it finds that out, as
             it does in scoring where `task_id` is `inferred`.
     """
@@ -73,6 +77,7 @@ class Stream(L.LightningDataModule):
         tasks: list[str] | None = None,
         corruptions: list[Corruption] | None = None,
         task_known: bool = True,
+        images_on_device: bool | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
@@ -98,7 +103,9 @@ class Stream(L.LightningDataModule):
         self.per_task, self.half = per_task, half
         self.batch_size, self.split, self.held_out, self.seed = batch_size, split, held_out, seed
         self.eval_batch_size, self.num_workers, self.on_bad_image = eval_batch_size, num_workers, on_bad_image
+        self.images_on_device = images_on_device
         self._unread: dict[tuple[str, str], dict[int, str]] = {}
+        self._placed: tuple[Suite, torch.device, Parts] | None = None
 
     @property
     def suite(self) -> Suite:
@@ -159,12 +166,28 @@ class Stream(L.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def _parts(self) -> dict[str, tuple[Dataset[Any], Dataset[Any]]]:
-        """What to adapt on and what to score, by task."""
-        parts: dict[str, tuple[Dataset[Any], Dataset[Any]]] = {}
+    def teardown(self, stage: str) -> None:
+        """What stayed on a device goes."""
+        self._placed = None
+
+    def _parts(self) -> Parts:
+        """What to adapt on and what to score, by task; of images that are on a device, the same again and again."""
+        assert self.trainer is not None
+        device = getattr(self.trainer.lightning_module, "device", torch.device("cpu"))
+        if device.type == "cpu" and not self.images_on_device:
+            return self._robust(self._found(lambda dataset: dataset))
+        if self._placed is None or self._placed[:2] != (self.suite, device):
+            parts = place(self._found(in_bytes), device, self.num_workers, self.images_on_device)
+            self._placed = self.suite, device, parts
+        return self._robust(self._placed[2])
+
+    def _found(self, view: Callable[[Dataset[Any]], Dataset[Any]]) -> Parts:
+        """The data sets, of images seen as `view` says."""
+        parts: Parts = {}
         for task in self.suite.tasks:
-            dataset = self.suite.dataset(task, self.split)
-            adapted = dataset if self.train_split == self.split else self.suite.dataset(task, self.train_split)
+            dataset = view(self.suite.dataset(task, self.split))
+            same = self.train_split == self.split
+            adapted = dataset if same else view(self.suite.dataset(task, self.train_split))
             for split, images in ((self.split, dataset), (self.train_split, adapted)):
                 if not len(images):  # type: ignore[arg-type]
                     raise InputError(f"task {task!r} has no image in its {split} split")
@@ -176,13 +199,18 @@ class Stream(L.LightningDataModule):
                 half = split_held_out(len(adapted), 0.5, self.seed)[self.half]  # type: ignore[arg-type]
                 adapted = Part(adapted, half)
             parts[task] = (self._few(task, adapted), scored)
-        parts = self._corrupt(parts) if self.corruptions else parts
-        return parts if self.on_bad_image == "stop" else {task: self._robust(task, *own) for task, own in parts.items()}
+        return self._corrupt(parts) if self.corruptions else parts
 
-    def _robust(self, task: str, adapted: Dataset[Any], scored: Dataset[Any]) -> tuple[Substituted, Substituted]:
-        """The same, without what cannot be read; what was told of one is not told again."""
-        own = Substituted(scored, self._unread.setdefault((task, "scored"), {}))
-        return own if adapted is scored else Substituted(adapted, self._unread.setdefault((task, "adapted"), {})), own
+    def _robust(self, parts: Parts) -> Parts:
+        """The same, where asked for without what cannot be read; what was told of one image is not told again."""
+        if self.on_bad_image == "stop":
+            return parts
+        robust: Parts = {}
+        for task, (adapted, scored) in parts.items():
+            own = Substituted(scored, self._unread.setdefault((task, "scored"), {}))
+            other = self._unread.setdefault((task, "adapted"), {}) if adapted is not scored else {}
+            robust[task] = (own if adapted is scored else Substituted(adapted, other), own)
+        return robust
 
     def _adapted(self) -> list[str]:
         """The tasks to adapt on."""

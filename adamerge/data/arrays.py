@@ -40,6 +40,11 @@ class ArrayImages(Images):
     def image(self, index: int) -> Array:
         return self.images[index]
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        height, width = self.images.shape[1:3]
+        return super().sides or (height, width)
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] and labels [B]."""
         return self.preprocess.batch(self.images[indices.numpy()]), self.labels[indices]

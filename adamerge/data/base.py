@@ -37,6 +37,11 @@ class Images(Dataset[tuple[Tensor, int]], ABC):
     def image(self, index: int) -> Any:
         """What `preprocess` takes: a PIL image or a uint8 array."""
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of all images, where they are known without decoding one."""
+        return None if self.preprocess.size is None else (self.preprocess.size, self.preprocess.size)
+
     def where(self, index: int) -> str:
         """How an error message calls an image: its file, if it has one."""
         return f"image {index}"

@@ -1,6 +1,7 @@
 """From images to what a backbone takes: resized, cropped, scaled and normalised."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Preprocess:
             return self.batch(image[None])[0]
         if not hasattr(image, "convert"):
             raise InputError(f"expected a PIL image or a uint8 array, got {type(image).__name__}")
-        return self._normalize(_tensor(np.asarray(self._resize(to_rgb(image))))[None])[0]
+        return self._finish(_tensor(np.asarray(self._resize(to_rgb(image))))[None])[0]
 
     def batch(self, images: Pixels) -> Tensor:
         """uint8 [N, H, W, 3] or [N, H, W] -> float [N, 3, size, size], or [N, 3, H, W] without a size.
@@ -62,13 +63,16 @@ class Preprocess:
         pixels = pixels if pixels.ndim == 4 else pixels[..., None]
         if self.size is not None and pixels.shape[1:3] != (self.size, self.size):
             pixels = self._resize_all(pixels, self.size)
-        return self._normalize(pixels.expand(-1, -1, -1, 3))
+        return self._finish(pixels.expand(-1, -1, -1, 3))
 
-    def _normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] -> float [N, 3, H, W]."""
-        x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
-        return x.div_(255).sub_(mean).div_(std)
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float of the same shape, the same bits on every device."""
+        most, mean, std = _constants(self.mean, self.std, pixels.device)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(most).sub_(mean).div_(std)
+
+    def _finish(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] of the right size -> [N, 3, H, W]."""
+        return self.normalize(pixels.permute(0, 3, 1, 2))
 
     def _resize_all(self, pixels: Tensor, size: int) -> Tensor:
         """[N, H, W, C] -> [N, size, size, C]."""
@@ -92,6 +96,21 @@ class Preprocess:
             image = image.resize((width, height), Image.Resampling.BICUBIC)  # Pillow antialiases when it shrinks
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))
+
+
+class InBytes(Preprocess):
+    """The same but for the last part: uint8 [N, 3, H, W], a quarter of the size, of which `normalize` makes floats."""
+
+    def _finish(self, pixels: Tensor) -> Tensor:
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+@cache
+def _constants(mean: Stats, std: Stats, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255, means and deviations. A GPU would multiply by the inverse of a number that is not on it."""
+    with torch.inference_mode(False):
+        means, stds = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        return torch.tensor(255.0, device=device), means, stds
 
 
 def to_rgb(image: "Image") -> "Image":

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge import compositions, routed
+from adamerge import InputError, compositions, routed
 from adamerge.compositions import routed_product
 from adamerge.deltas import AnyDeltas, LowRank, Sparse, dense
 from adamerge.routed import costs, routed_linear
@@ -113,6 +113,25 @@ class TestAgainstALoop:
             own = None if offset is None else composed(routing, *offset)
             expected = F.linear(x, matrix.T if transposed else matrix, own)
             assert_close(routed_linear(x, rows, weight, offset, transposed), expected, **EXACT)
+
+
+@pytest.mark.parametrize("asked", ["", "expand", "materialise", "factorise"])
+def test_the_environment_names_a_way_where_it_can_be_taken(monkeypatch, asked):
+    monkeypatch.setenv("ADAMERGE_COMPOSITION", asked)
+    taken = []
+    monkeypatch.setattr(routed, "routed_product", lambda *args: taken.append(args[-1]) or routed_product(*args))
+    for form in (low_rank, plain_deltas):
+        (x, routing), (weight, offset) = inputs(), layer(form, "without", False)
+        result = routed_linear(x, routing, weight, offset)
+        assert_close(result, loop(x, routing, weight, offset, False), **EXACT)
+        price = costs(GROUPS, ROWS, *weight, backward=True)
+        assert taken.pop() == (asked if asked in price else min(price, key=price.get))
+
+
+def test_a_way_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("ADAMERGE_COMPOSITION", "materialize")
+    with pytest.raises(InputError, match="ADAMERGE_COMPOSITION=materialize: did you mean 'materialise'"):
+        routed_linear(*inputs(), layer(plain_deltas, "without", False)[0])
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])

@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode
 
 from adamerge import InputError
 from adamerge.data import Preprocess
+from adamerge.data.preprocess import InBytes
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -114,3 +115,16 @@ def test_bad_options_are_refused():
 def test_equal_options_make_equal_objects():
     assert Preprocess(8) == Preprocess(8) != Preprocess(9)
     assert len({Preprocess(8), Preprocess(8)}) == 1
+
+
+def test_bytes_are_what_floats_are_made_of():
+    """All values a byte may have, through (x / 255 − mean) / std in the order of the formula, in float32."""
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    floats, pixels = Preprocess(None, MEAN, STD).batch(images), InBytes(None, MEAN, STD).batch(images)
+    assert pixels.dtype == torch.uint8
+    assert pixels.equal(torch.from_numpy(images).permute(0, 3, 1, 2))
+    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (MEAN, STD))
+    expected = (images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - mean) / std
+    assert floats.numpy().tobytes() == expected.tobytes()
+    assert Preprocess(None, MEAN, STD).normalize(pixels).equal(floats)
+    assert InBytes(12, MEAN, STD)(noise(20, 14, 3)).dtype == torch.uint8
