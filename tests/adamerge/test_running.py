@@ -453,7 +453,7 @@ def test_paths_may_begin_at_home(command, models, tmp_path, monkeypatch):
     for arguments in (("~nobody-at-all/x",), (models / "recipe.yaml", "--output", "~nobody-at-all/x")):
         assert command("merge", *arguments) == (
             1,
-            "recipe.yaml: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
+            "error: ~nobody-at-all/x: there is no home folder for ~nobody-at-all: write the path out",
         )
 
 

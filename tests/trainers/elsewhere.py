@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -164,6 +165,8 @@ def main(names: list[str]) -> None:
     """Adapt by each of these overlays; ends at the first that something is in the wrong place for."""
     from test_methods import build
 
+    with elsewhere(), pytest.raises(RuntimeError, match="tensors on two devices"):
+        torch.ones(2, device=DEVICE) + torch.ones(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     for name in names:

@@ -183,4 +183,4 @@ def test_a_recipe_that_is_none_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["adamerge", "inspect", str(tmp_path / "none.yaml")])
     with pytest.raises(SystemExit):
         main()
-    assert "cannot be read as YAML" in " ".join(capsys.readouterr().err.split())
+    assert "there is no recipe" in " ".join(capsys.readouterr().err.split())
