@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Of `malloc.h`: when freed memory goes back, from which size on allocations come straight from the system, how many.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+#: Of `malloc.h`: when freed memory goes back, from which size on allocations come straight from the system, how many,
+#: and how many heaps threads have of their own, none of which holds a large tensor.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 #: Where the library's own thresholds end up in a process that uses large tensors: they no longer move once one is set.
-_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16}
+_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16, _ARENA_MAX: 0}
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def kept() -> Iterator[None]:
         yield
         return
     library.mallopt(_MMAP_MAX, 0)
+    library.mallopt(_ARENA_MAX, 1)
     library.mallopt(_TRIM_THRESHOLD, -1)  # never
     try:
         yield
