@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def _write(job: Job, partial: Path, console: Console) -> None:
     files = layout(tensors, job.shard_size)
     asked = {"recipe": plain(job.recipe), "files": identities(job.sources), "versions": _versions()}
     _begin(partial, asked, console)
-    with kept(), _threads(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
+    with _resources(job), _progress(sum(tensor.nbytes for tensor in tensors.values()), console) as advance:
         planned = plan_split if job.split_fused_qkv else plan
         state = planned(job.task_vectors, job.rules, job.scale, job.exclude, job.dtype)
         write_weights(state, files, partial, advance)
@@ -162,9 +162,9 @@ def _versions() -> dict[str, str]:
     return {"adamerge": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _threads(job: Job) -> AbstractContextManager[None]:
-    """One thread for each part where parts are computed side by side; all for one tensor where they are not."""
-    return one_thread() if all(getattr(step, "elementwise", False) for step in job.rules) else nullcontext()
+def _resources(job: Job) -> AbstractContextManager[None]:
+    """One thread for each part where parts are computed side by side; else all for one tensor, whose memory is kept."""
+    return one_thread() if all(getattr(step, "elementwise", False) for step in job.rules) else kept()
 
 
 @contextmanager
