@@ -32,6 +32,7 @@ from adamerge.threads import in_order
 from adamerge.writing import layout
 
 VOCABULARY, SHARD = 32_000, 10**9
+PYTHON = (sys.executable, "-m")
 RULES = {
     "TIES with global trim": [{"Trim": {"keep": 0.2}}, {"ElectSign": {"combine": "mean"}}],
     "task arithmetic": ["TaskArithmetic"],
@@ -113,7 +114,7 @@ def copy(recipe: Path, output: Path) -> None:
 def measure(command: list[str]) -> tuple[float, float]:
     """Seconds and peak resident memory, in GB, of a command."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command])
+    process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -149,10 +150,10 @@ def main() -> None:
             job = {"base": "model0", "experts": experts, "rules": RULES[rule], "scale": 1.0}
             recipe.write_text(yaml.safe_dump(job))
             forget(folder)
-            plain, _ = measure(["benchmarks.static_merge", "--copy", str(recipe), str(folder / "copy")])
+            plain, _ = measure([*PYTHON, "benchmarks.static_merge", "--copy", str(recipe), str(folder / "copy")])
             (folder / "copy").unlink()
             forget(folder)
-            merging, peak = measure(["adamerge", "merge", str(recipe), "--output", str(folder / "merged")])
+            merging, peak = measure([*PYTHON, "adamerge", "merge", str(recipe), "--output", str(folder / "merged")])
             shutil.rmtree(folder / "merged")
             console.print(f"{rule}: {merging:.1f} s, peak {peak:.2f} GB resident")
             console.print(f"reading as often and writing as much: {plain:.1f} s; ratio {merging / plain:.2f}")

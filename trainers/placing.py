@@ -41,7 +41,7 @@ class Placed(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, dataset: Dataset[Any], device: torch.device, num_workers: int = 0) -> None:
-        root = root_of(dataset)
+        root: Images | None = within(dataset, Images)
         assert root is not None
         self.dataset, self.device, self.num_workers, self.keep = dataset, device, num_workers, False
         self.labels, self.preprocess, self._sides = labels_of(dataset), root.preprocess, root.sides
@@ -119,9 +119,9 @@ def in_bytes(dataset: Dataset[Any]) -> Dataset[Any]:
     return own
 
 
-def root_of(dataset: Any) -> Images | None:
-    """The images of which a data set is a part or a view, if they are `Images`."""
-    while not isinstance(dataset, Images):
+def within(dataset: Any, kind: type[Any]) -> Any:
+    """The data set of that kind that this is, or a part or a view of; none where there is none."""
+    while not isinstance(dataset, kind):
         if not hasattr(dataset, "dataset"):
             return None
         dataset = dataset.dataset
@@ -130,11 +130,8 @@ def root_of(dataset: Any) -> Images | None:
 
 def placed(dataset: Any) -> Placed | None:
     """The data set on a device that this is, or a view of."""
-    while not isinstance(dataset, Placed):
-        if not hasattr(dataset, "dataset"):
-            return None
-        dataset = dataset.dataset
-    return dataset
+    found: Placed | None = within(dataset, Placed)
+    return found
 
 
 def place(parts: Parts, device: torch.device, num_workers: int, keep: bool | None) -> Parts:
@@ -143,15 +140,15 @@ def place(parts: Parts, device: torch.device, num_workers: int, keep: bool | Non
     With `keep` they stay there; by default, if it is a GPU and `SHARE` of its free memory is enough. Raises InputError
     for images that are to stay and may differ in size.
     """
-    found = {id(each): each for pair in parts.values() for each in pair if root_of(each) is not None}
+    found = {id(each): each for pair in parts.values() for each in pair if within(each, Images) is not None}
     on_device = {key: Placed(each, device, num_workers) for key, each in found.items()}
     sizes = [each.nbytes for each in on_device.values()]
     if keep and None in sizes:
         raise InputError("images of different sizes cannot stay on a device: give preprocess a size")
-    if keep is not False and sizes and None not in sizes:
-        kept = _fit(sum(size or 0 for size in sizes), device) or keep
-        for each in on_device.values():
-            each.keep = bool(kept)
+    if keep is None:
+        keep = bool(sizes) and None not in sizes and _fit(sum(size or 0 for size in sizes), device)
+    for each in on_device.values():
+        each.keep = keep
     return {task: (on_device.get(id(a), a), on_device.get(id(b), b)) for task, (a, b) in parts.items()}
 
 
